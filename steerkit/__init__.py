@@ -1,0 +1,36 @@
+"""steerkit: see inside a language model, and change what it does.
+
+    from steerkit import HookedModel
+    import sae
+
+    model = HookedModel.from_pretrained("storyworld")
+    run = sae.train(model, "storyworld", site="blocks.2.hook_resid_post", arch=sae.Gated(d_sae=1024), tokens=2_000_000, out="runs/g")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steerkit.activations import ActivationStream, Tokenization
+    from steerkit.data import Documents, load_documents
+    from steerkit.models import HookedModel
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "HookedModel": "steerkit.models",
+    "ActivationStream": "steerkit.activations",
+    "Tokenization": "steerkit.activations",
+    "Documents": "steerkit.data",
+    "load_documents": "steerkit.data",
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'steerkit' has no attribute {name!r}")
