@@ -1,0 +1,210 @@
+"""Train the small transformer that ships with StoryWorld, or measure it.
+
+    python scripts/train_storyworld.py                     # train from the seed; an hour or so on 2 CPU cores
+    python scripts/train_storyworld.py --resume            # go on after an interruption
+    python scripts/train_storyworld.py --device cuda       # minutes on a GPU
+    python scripts/train_storyworld.py --evaluate --json   # measure the shipped model
+
+Training writes the model (a Hugging Face directory) to `--out` as soon as it is usable and again as it gets better, one line of
+figures at a time to `training_log.jsonl` beside it, and its state for `--resume` to `--state`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from steerkit import storyworld
+from steerkit.storyworld.quality import entropy, teacher_forced
+from steerkit.storyworld.tokenizer import CONTEXT, build_tokenizer
+
+HELD_OUT_SEED = 1_000_003
+"""Held-out stories come from this seed; training stories from `--seed`, which must be another."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that the trained weights depend on."""
+
+    seed: int = 0
+    tokens: int = 30_000_000
+    """Training tokens (BOS and EOS counted, padding not)."""
+    batch_size: int = 32
+    """Stories a step."""
+    learning_rate: float = 2e-3
+    warmup_steps: int = 200
+    decay_share: float = 0.35
+    """The last part of the training, in which the learning rate falls to 0 along a straight line."""
+    weight_decay: float = 0.05
+    d_model: int = 128
+    n_layers: int = 4
+    n_heads: int = 4
+    d_mlp: int = 384
+
+
+def build_model(recipe: Recipe, tokenizer) -> LlamaForCausalLM:
+    torch.manual_seed(recipe.seed)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.d_model,
+        intermediate_size=recipe.d_mlp,
+        num_hidden_layers=recipe.n_layers,
+        num_attention_heads=recipe.n_heads,
+        num_key_value_heads=recipe.n_heads,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+        **ids,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, max_length=CONTEXT, **ids)
+    return model
+
+
+def batches(seed: int, tokenizer, batch_size: int, skip: int = 0) -> Iterator[torch.Tensor]:
+    """Endless (batch_size, length) token ids with stories of like length in one batch; `skip` batches are passed over."""
+    index = tokenizer.get_vocab()
+    stories = storyworld.stream(seed)
+    shuffle = torch.Generator().manual_seed(seed)
+    group = 32
+    for number in itertools.count():
+        chunk = list(itertools.islice(stories, group * batch_size))
+        order = torch.randperm(group, generator=shuffle).tolist()
+        if (number + 1) * group <= skip:
+            continue
+        chunk.sort(key=lambda story: len(story.tokens))
+        for position, place in enumerate(order):
+            if number * group + position < skip:
+                continue
+            rows = [
+                torch.tensor([tokenizer.bos_token_id, *(index[t] for t in story.tokens), tokenizer.eos_token_id])
+                for story in chunk[place * batch_size : (place + 1) * batch_size]
+            ]
+            yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+
+
+def learning_rate(recipe: Recipe, step: int, tokens: int) -> float:
+    """Warm-up, constant, straight line to 0: the constant part can be cut short or drawn out on `--resume`."""
+    remaining = max(0.0, 1.0 - tokens / recipe.tokens)
+    return recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup_steps, remaining / recipe.decay_share)
+
+
+def train(recipe: Recipe, out: Path, state_path: Path, device: str, resume: bool, log_every: int, first_save: int) -> None:
+    tokenizer = build_tokenizer()
+    model = build_model(recipe, tokenizer).to(device)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.98),
+    )
+    step, tokens, seconds = 0, 0, 0.0
+    log_path = out / "training_log.jsonl"
+    out.mkdir(parents=True, exist_ok=True)
+    if resume and state_path.exists():
+        state = torch.load(state_path, weights_only=True, map_location=device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, tokens, seconds = state["step"], state["tokens"], state["seconds"]
+        lines = [line for line in log_path.read_text().splitlines() if json.loads(line)["tokens"] <= tokens]
+        log_path.write_text("".join(line + "\n" for line in lines))
+    else:
+        log_path.write_text("")
+    held_out = storyworld.sample(256, seed=HELD_OUT_SEED)
+    floor = entropy(held_out)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; entropy {floor:.4f} nats a token", flush=True)
+
+    model.train()
+    next_log = (tokens // log_every + 1) * log_every
+    running: list[float] = []
+    started = time.perf_counter()
+    source = batches(recipe.seed, tokenizer, recipe.batch_size, skip=step)
+    while tokens < recipe.tokens:
+        ids = next(source).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step, tokens)
+        logits = model(input_ids=ids[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), ignore_index=tokenizer.pad_token_id
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        tokens += int((ids != tokenizer.pad_token_id).sum())
+        running.append(loss.item())
+        if tokens >= next_log or tokens >= recipe.tokens:
+            next_log += log_every
+            seconds += time.perf_counter() - started
+            figures = teacher_forced(model, tokenizer, held_out)
+            entry = {
+                "tokens": tokens,
+                "step": step,
+                "seconds": seconds,
+                "learning_rate": learning_rate(recipe, step, tokens),
+                "train_loss": sum(running) / len(running),
+                "nats_over_entropy": figures["loss"] - floor,
+                "tokens_per_second": tokens / seconds,
+                **figures,
+            }
+            entry = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in entry.items()}
+            print(json.dumps(entry), flush=True)
+            with log_path.open("a") as log:
+                log.write(json.dumps(entry) + "\n")
+            _write_state(
+                state_path,
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "tokens": tokens, "seconds": seconds},
+            )
+            if tokens >= first_save:
+                save(model, tokenizer, out)
+            running.clear()
+            started = time.perf_counter()
+
+
+def _write_state(path: Path, state: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def save(model: LlamaForCausalLM, tokenizer, out: Path) -> None:
+    """Write a Hugging Face directory; every file appears whole, so that a reader never meets half a model."""
+    partial = out / ".partial"
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    for path in partial.iterdir():
+        os.replace(path, out / path.name)
+    partial.rmdir()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=storyworld.model_path(), help="model directory")
+    parser.add_argument("--state", type=Path, help="checkpoint for --resume (default: OUT/../.training/state.pt)")
+    parser.add_argument("--tokens", type=int, default=Recipe.tokens)
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a few minutes: 1M tokens to train, 200 stories to evaluate")
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+    tokens = min(args.tokens, 1_000_000) if args.quick else args.tokens
+    recipe = Recipe(seed=args.seed, tokens=tokens)
+    state = args.state or args.out.parent / ".training" / "state.pt"
+    train(recipe, args.out, state, args.device, args.resume, log_every=250_000, first_save=min(3_000_000, tokens))
+
+
+if __name__ == "__main__":
+    main()
