@@ -1,0 +1,215 @@
+"""From what a user names (an id, a directory, a loaded object) to a model and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from steerkit.errors import CheckpointError, InputError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model as HookedModel takes it."""
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+    revision: str | None = None
+    has_lm_head: bool = True
+    """False when the checkpoint has no weights for the head that the class has."""
+
+
+def load(
+    source: Any, *, tokenizer: Any, device: Any, dtype: Any, revision: str | None, device_map: Any
+) -> Loaded:
+    """See `HookedModel.from_pretrained`."""
+    dtype = parse_dtype(dtype)
+    if isinstance(source, nn.Module):
+        return _loaded_module(source, tokenizer, device, dtype)
+    if not isinstance(source, (str, Path)):
+        raise InputError(f"A model is a name, a directory or a loaded model, not {type(source).__name__}.")
+    name, place = str(source), str(source)
+    if name == "storyworld":
+        from steerkit import storyworld
+
+        place = str(storyworld.model_path())
+    if (Path(place) / "adapter_config.json").is_file() and not (Path(place) / "config.json").is_file():
+        return _load_adapter(name, Path(place), tokenizer, device, dtype, device_map)
+    _check_place(name, place)
+    if device is None and device_map is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, has_head = _load_model(name, place, dtype, revision, device_map)
+    if device is not None and device_map is None:
+        model = model.to(device)
+    tokens = load_tokenizer(tokenizer if tokenizer is not None else place, name, revision)
+    return Loaded(
+        model.eval(), tokens, name, revision or getattr(model.config, "_commit_hash", None), has_head
+    )
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """torch.bfloat16 from 'bfloat16', 'bf16' or itself."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
+    found = getattr(torch, short.get(dtype, dtype), None)
+    if not isinstance(found, torch.dtype):
+        raise InputError(f"Unknown dtype {dtype!r}: use float32, bfloat16 or float16.")
+    return found
+
+
+def load_tokenizer(source: Any, name: str, revision: str | None = None) -> Any:
+    """The tokenizer object itself, or the one saved under a directory or id."""
+    if not isinstance(source, (str, Path)):
+        return source
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(str(source), revision=revision)
+    except Exception as error:  # transformers raises a dozen kinds here, down to TypeError
+        raise InputError(
+            f"{name} has no tokenizer that can be loaded: pass tokenizer=… ({_first_line(error)})"
+        ) from error
+
+
+def _check_place(name: str, place: str) -> None:
+    path = Path(place).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{name} is not a model directory: it has no config.json.")
+    elif path.exists():
+        raise InputError(f"{name} is a file: a model is a directory with config.json and model.safetensors.")
+    elif place.startswith(("/", "./", "../", "~")) or place.count("/") > 1:
+        raise InputError(f"There is no directory {name}.")
+
+
+def _load_model(name: str, place: str, dtype: Any, revision: str | None, device_map: Any) -> tuple[Any, bool]:
+    import transformers
+    from safetensors import SafetensorError
+
+    options = {
+        "revision": revision,
+        "use_safetensors": True,
+        "device_map": device_map,
+        "dtype": dtype or "auto",
+    }
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(place, revision=revision)
+            auto = _auto_class(config)
+            model, info = auto.from_pretrained(place, config=config, output_loading_info=True, **options)
+            if _lacks_head(model, info["missing_keys"]):
+                auto = transformers.AutoModel
+                model, info = auto.from_pretrained(place, config=config, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise CheckpointError(f"The weights of {name} can't be read: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError) as error:
+        if Path(place).is_dir():
+            raise InputError(f"{name} can't be loaded: {_first_line(error)}") from error
+        raise InputError(
+            f"Unknown model {name!r}: no such directory, and not a Hugging Face model that is cached here or can be reached."
+            f" Use 'storyworld', a directory, or download it first. ({_first_line(error)})"
+        ) from error
+    missing = [key for key in info["missing_keys"] if "pooler" not in key]
+    if missing or info["mismatched_keys"]:
+        what = missing[0] if missing else sorted(map(str, info["mismatched_keys"]))[0]
+        count = len(missing) + len(info["mismatched_keys"])
+        raise CheckpointError(
+            f"The weights of {name} are incomplete: {count} tensors are missing or misshapen, such as {what}."
+        )
+    return model, auto is not transformers.AutoModel
+
+
+def _auto_class(config: Any) -> Any:
+    """With the LM head that the checkpoint was saved with, if any."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    saved = (getattr(config, "architectures", None) or [""])[0] or ""
+    kind = config.model_type
+    bare = auto.MODEL_MAPPING_NAMES.get(kind, ())
+    if saved in ((bare,) if isinstance(bare, str) else bare) or saved.endswith("EncoderModel"):
+        return getattr(transformers, saved) if saved.endswith("EncoderModel") else transformers.AutoModel
+    if config.is_encoder_decoder and kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForSeq2SeqLM
+    masked = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if masked and "CausalLM" not in saved and "LMHead" not in saved:
+        return transformers.AutoModelForMaskedLM
+    if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModel
+
+
+def _lacks_head(model: Any, missing: Any) -> bool:
+    """Whether the head's weights are missing from the checkpoint (tied ones are not reported as missing)."""
+    prefix = model.base_model_prefix + "."
+    return model.base_model is not model and any(not key.startswith(prefix) for key in missing)
+
+
+def _load_adapter(name: str, path: Path, tokenizer: Any, device: Any, dtype: Any, device_map: Any) -> Loaded:
+    """A PEFT adapter directory: its base model, with the adapter on top."""
+    import peft
+
+    config = peft.PeftConfig.from_pretrained(str(path))
+    base_name = config.base_model_name_or_path
+    if not base_name:
+        raise InputError(
+            f"The adapter {name} does not say which model it belongs to (base_model_name_or_path)."
+        )
+    own = any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+    tokenizer = tokenizer if tokenizer is not None or not own else str(path)
+    base = load(
+        base_name,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        revision=config.revision,
+        device_map=device_map,
+    )
+    model = peft.PeftModel.from_pretrained(base.model, str(path)).eval()  # type: ignore[arg-type]
+    return Loaded(model, base.tokenizer, name, base.revision, base.has_lm_head)
+
+
+def _loaded_module(model: nn.Module, tokenizer: Any, device: Any, dtype: Any) -> Loaded:
+    while hasattr(model, "_orig_mod"):
+        model = model._orig_mod
+    if device is not None or dtype is not None:
+        model = model.to(device=device, dtype=dtype)
+    config: Any = getattr(model, "config", None)
+    origin = getattr(config, "_name_or_path", "") or ""
+    if tokenizer is None and origin:
+        try:
+            tokenizer = load_tokenizer(origin, origin)
+        except InputError:
+            tokenizer = None
+    elif isinstance(tokenizer, (str, Path)):
+        tokenizer = load_tokenizer(tokenizer, str(tokenizer))
+    return Loaded(model, tokenizer, origin or type(model).__name__, getattr(config, "_commit_hash", None))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its progress bars and loading reports: what matters in them is raised as an error here."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,402 @@
+"""HookedModel: one face over Hugging Face, PEFT and TransformerLens models.
+
+    model = HookedModel.from_pretrained("storyworld")              # an id, a directory, or a model that is already loaded
+    acts = model.run(input_ids, sites=["blocks.2.hook_resid_post"])
+    with model.hooks({"blocks.2.hook_resid_post": lambda act: act + vector}):
+        model.generate("The fox")
+
+Hooks are plain torch hooks on the model's own modules (`steerkit.sites` says which). A hook function gets the activation
+(batch, pos, width) and returns its replacement, or None to leave it. Outside of the contexts nothing remains: no hooks, the
+same `state_dict`, the same training flags. Hooks act only on forwards of the thread that opened them, so that a forward that
+runs beside in another thread is neither stopped nor steered.
+
+Under gradient checkpointing a hook function runs again when the backward pass recomputes its block: it must depend on its
+argument alone. `torch.compile`d models run uncompiled while hooks are open.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from steerkit.backends import HuggingFaceBackend
+from steerkit.errors import InputError, SiteError, did_you_mean
+from steerkit.loading import Loaded, load
+from steerkit.sites import ALIASES, ActivationHook, Site, attach
+
+
+class HookedModel:
+    """A language model whose activations can be read and written at named sites."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.name = loaded.name
+        self.revision = loaded.revision
+        self.model: nn.Module = loaded.model
+        self.tokenizer = loaded.tokenizer
+        self.special_ids = _special_ids(self.tokenizer)
+        self._backend = HuggingFaceBackend(self.model, special_ids=self.special_ids, head=loaded.has_lm_head)
+        self.sites: dict[str, Site] = self._backend.sites
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: Any,
+        *,
+        tokenizer: Any = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        device_map: Any = None,
+    ) -> HookedModel:
+        """Wrap `source`: 'storyworld', a Hugging Face id, a directory (of a model or a PEFT adapter), or a loaded
+        PreTrainedModel, PeftModel, TransformerBridge or HookedTransformer.
+
+        `tokenizer` is an object or the name of one; without it the model's own is used. `dtype` None keeps the
+        checkpoint's, `device` None means CUDA if there is one (a loaded model stays where it is). Weights are read from
+        safetensors only. Raises InputError when there is no such model, CheckpointError when its weights are incomplete.
+        """
+        return cls(
+            load(
+                source,
+                tokenizer=tokenizer,
+                device=device,
+                dtype=dtype,
+                revision=revision,
+                device_map=device_map,
+            )
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"HookedModel({self.name!r}, {type(self.model).__name__}, {self.n_layers} layers, d_model {self.d_model}, "
+            f"{self.dtype}, {self.device})"
+        )
+
+    # sizes
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go; the activations of a model split over devices stay on the device of their layer."""
+        return self._backend.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._backend.dtype
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks of the (first) stack: the encoder's for a model with two."""
+        return self._backend.n_layers
+
+    @property
+    def d_model(self) -> int:
+        return self._backend.d_model
+
+    @property
+    def d_vocab(self) -> int:
+        return self._backend.d_vocab
+
+    @property
+    def n_heads(self) -> int:
+        return self._backend.n_heads
+
+    @property
+    def context(self) -> int:
+        """The most tokens in a row, special ones included."""
+        limit = getattr(self.tokenizer, "model_max_length", None) or self._backend.context
+        return int(min(self._backend.context, limit))
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a position depends on earlier ones only (measured); False for encoders and encoder-decoders."""
+        return self._backend.is_causal
+
+    @property
+    def has_lm_head(self) -> bool:
+        return self._backend.has_lm_head
+
+    @property
+    def bos_id(self) -> int | None:
+        return getattr(self.tokenizer, "bos_token_id", None)
+
+    @property
+    def pad_id(self) -> int:
+        """What rows are filled up with, always masked: the pad token, or another that does no harm."""
+        names = ("pad_token_id", "eos_token_id", "unk_token_id", "bos_token_id")
+        options = [*(getattr(self.tokenizer, name, None) for name in names), *self._backend.pad_candidates, 0]
+        return next(i for i in options if isinstance(i, int) and 0 <= i < self.d_vocab)
+
+    # sites
+
+    def site(self, name: str) -> Site:
+        """The site of that name, an alias, or a module's path. SiteError if there is none, or why it is refused."""
+        site = self._find_site(name)
+        if site is None:
+            raise SiteError(f"Site {name!r} does not exist: {self._what_exists(name)}")
+        if not site.verified:
+            raise SiteError(f"Site {name!r} of {self.name} is refused: {site.reason}.")
+        return site
+
+    def _find_site(self, name: str) -> Site | None:
+        for alias, canonical in ALIASES.items():
+            if name == alias or name.endswith("." + alias):
+                name = name[: len(name) - len(alias)] + canonical
+        prefixed = self._backend.default_prefix + name
+        return self.sites.get(name) or self.sites.get(prefixed) or self._backend.raw.get(name)
+
+    def _what_exists(self, name: str) -> str:
+        layers = sorted({s.layer for s in self.sites.values() if s.layer is not None})
+        near = did_you_mean(name, [*self.sites, *self._backend.raw])
+        try:
+            module = bool(name) and self.model.get_submodule(name) is not None
+        except AttributeError:
+            module = False
+        if module:
+            return f"the module {name} does not run in a forward pass.{near}"
+        return f"{self.name} has layers {layers[0]}–{layers[-1]}.{near}"
+
+    # reading and writing
+
+    @contextmanager
+    def hooks(self, functions: Mapping[str, ActivationHook]) -> Iterator[None]:
+        """Apply each function at its site in every forward inside the context; contexts nest, the inner one acting last.
+
+        A function gets (batch, pos, width) and returns a replacement or None. With `generate` and its cache it is called
+        with the whole prompt first, then with one position a step.
+        """
+        hooks = _Hooks(self.model, [(self.site(name), fn) for name, fn in functions.items()])
+        with hooks.open():
+            yield
+
+    def run(
+        self,
+        input_ids: Int[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        *,
+        sites: Sequence[str],
+        stop: bool = True,
+    ) -> dict[str, Float[Tensor, "batch pos width"]]:
+        """The activations at `sites`. The forward ends as soon as the last of them is there, unless `stop` is False.
+
+        Gradients flow if they are enabled: wrap in `torch.no_grad()` or `torch.inference_mode()` for plain reading. The
+        decoder of an encoder-decoder model reads the same text, shifted by one.
+        """
+        wanted = {name: self.site(name) for name in dict.fromkeys(sites)}
+        ids, mask = self._checked(input_ids, attention_mask)
+        store: dict[str, Tensor] = {}
+        if torch.is_grad_enabled() and self.model.training:
+            stop = False  # a block that is left by an exception can't be recomputed by gradient checkpointing
+        end = _Stop() if stop else None
+
+        def keep(name: str) -> ActivationHook:
+            def fn(act: Tensor) -> None:
+                store[name] = act
+                if end is not None and len(store) == len(wanted):
+                    raise end
+
+            return fn
+
+        hooks = _Hooks(self.model, [(site, keep(name)) for name, site in wanted.items()], keep=True)
+        try:
+            with hooks.open():
+                self._backend.hidden(ids, mask)
+        except _Stop as stopped:
+            if stopped is not end:
+                raise
+        if len(store) < len(wanted):
+            missing = next(name for name in wanted if name not in store)
+            raise SiteError(f"Site {missing!r} was not reached by the forward pass of {self.name}.")
+        return {name: store[name] for name in wanted}
+
+    def activations(self, texts: Any, sites: Sequence[str], **tokenization: Any) -> Any:
+        """Activations of texts, pads and special tokens dropped, with token ids and positions: `activations.collect`."""
+        from steerkit.activations import collect
+
+        return collect(self, texts, sites, **tokenization)
+
+    # outputs
+
+    def logits(
+        self, input_ids: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Next-token logits (masked-token logits for an encoder). InputError when the model has no LM head."""
+        self._need_head()
+        return self._backend.logits(*self._checked(input_ids, attention_mask))
+
+    def final(
+        self, input_ids: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The last hidden state, after the final norm where there is one."""
+        return self._backend.final(*self._checked(input_ids, attention_mask))
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding matrix."""
+        self._need_head()
+        return self._backend.output_weight().T
+
+    def unembed(self, resid: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        """Logits of final states (after the final norm), so that `unembed(final(ids)) == logits(ids)`."""
+        self._need_head()
+        return self._backend.unembed(resid)
+
+    def generate(self, prompt: str | Sequence[str], max_new_tokens: int = 40, **options: Any) -> Any:
+        """Continue a prompt, or each of several: the new text only. `options` go to the model's own `generate`."""
+        self._need_head()
+        if self.tokenizer is None:
+            raise InputError(f"{self.name} has no tokenizer: pass one to from_pretrained(…, tokenizer=…).")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        rows = [self._prompt_ids(text) for text in prompts]
+        longest = max(map(len, rows))
+        if self.is_causal and longest + max_new_tokens > self.context:
+            raise InputError(
+                f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {self.name} ({self.context})."
+            )
+        ids = torch.tensor([[self.pad_id] * (longest - len(row)) + row for row in rows], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        with torch.no_grad():
+            out = self._backend.generate(ids, mask, max_new_tokens, pad_token_id=self.pad_id, **options)
+        new = out[:, longest:] if self._backend.continues_prompt else out
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        ids = list(self.tokenizer(text)["input_ids"])
+        if self.is_causal and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]
+        if not ids and self.bos_id is not None:
+            ids = [self.bos_id]
+        if not ids:
+            raise InputError("The prompt is empty: give at least one token.")
+        return ids
+
+    def randomized(self, seed: int = 0) -> HookedModel:
+        """The same architecture and tokenizer with freshly initialised weights: the baseline of what training did."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self._backend.fresh()
+        model = model.to(device=self.device, dtype=self.dtype).eval()
+        name = f"{self.name} (random weights, seed {seed})"
+        return HookedModel(Loaded(model, self.tokenizer, name, self.revision, self.has_lm_head))
+
+    # checks
+
+    def _need_head(self) -> None:
+        if not self.has_lm_head:
+            raise InputError(f"{self.name} has no language-model head: it gives hidden states, not logits.")
+
+    def _checked(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """On the model's device, and no mask when nothing is masked: that is the model's fast path."""
+        if ids.dim() != 2 or not ids.numel():
+            raise InputError(
+                f"input_ids must be (batch, pos) with at least one token, not {tuple(ids.shape)}."
+            )
+        if ids.shape[1] > self.context:
+            raise InputError(f"{ids.shape[1]} tokens exceed the context of {self.name} ({self.context}).")
+        if ids.device.type == "cpu" and not (0 <= int(ids.min()) and int(ids.max()) < self.d_vocab):
+            raise InputError(f"A token id lies outside the vocabulary of {self.name} (0–{self.d_vocab - 1}).")
+        if mask is not None:
+            if mask.shape != ids.shape:
+                raise InputError(f"attention_mask is {tuple(mask.shape)}, input_ids {tuple(ids.shape)}.")
+            mask = None if bool(mask.all()) else mask.to(self.device)
+        return ids.to(self.device), mask
+
+
+class _Stop(BaseException):
+    """Ends a forward that has given all it was run for. Not an Exception, so that no handler in a model swallows it."""
+
+
+class _Hooks:
+    """Functions at sites, attached while open, in the thread that opened them and in recomputations on its behalf."""
+
+    def __init__(
+        self, model: nn.Module, functions: Sequence[tuple[Site, ActivationHook]], keep: bool = False
+    ) -> None:
+        self.model = model
+        self.keep = keep
+        self.threads: set[int] = set()
+        self.functions = [(site, self._mine(fn)) for site, fn in functions]
+
+    def _mine(self, fn: ActivationHook) -> ActivationHook:
+        def guarded(act: Tensor) -> Tensor | None:
+            return fn(act) if threading.get_ident() in self.threads else None
+
+        return guarded
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if any(_is_compiled(self.model, site.path) for site, _ in self.functions):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if torch.is_grad_enabled() and self.model.training:
+                stack.enter_context(self._recomputing())
+            stack.enter_context(self.attached())
+            yield
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The hooks, for this thread; nothing to do if it has them already."""
+        thread = threading.get_ident()
+        if thread in self.threads:
+            yield
+            return
+        handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.threads.add(thread)
+        try:
+            for site, fn in self.functions:
+                handles.extend(attach(self.model, site, fn, keep=self.keep))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.threads.discard(thread)
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Let checkpointed blocks be recomputed with these hooks, also when backward runs after the context has closed."""
+
+        def wrap(checkpoint: Callable) -> Callable:
+            def checkpointed(fn: Callable, *args: Any, **kwargs: Any) -> Any:
+                def hooked(*inner: Any, **options: Any) -> Any:
+                    with self.attached():
+                        return fn(*inner, **options)
+
+                return checkpoint(hooked, *args, **kwargs)
+
+            return checkpointed
+
+        patched = [m for m in self.model.modules() if "_gradient_checkpointing_func" in vars(m)]
+        originals = [vars(m)["_gradient_checkpointing_func"] for m in patched]
+        try:
+            for module, original in zip(patched, originals):
+                module._gradient_checkpointing_func = wrap(original)
+            yield
+        finally:
+            for module, original in zip(patched, originals):
+                module._gradient_checkpointing_func = original
+
+
+def _is_compiled(model: nn.Module, path: str) -> bool:
+    """Whether the module at `path`, or one around it, is compiled: compiled code does not see new hooks."""
+    module = model
+    for name in ["", *path.split(".")] if path else [""]:
+        module = module.get_submodule(name)
+        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+            return True
+    return False
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    """Tokens that stand for no text: BOS, EOS, CLS, SEP, pad, mask and the like, but not the unknown word."""
+    if tokenizer is None:
+        return frozenset()
+    names = {tokenizer.convert_ids_to_tokens(i): i for i in tokenizer.all_special_ids}
+    others = [token for key, token in tokenizer.special_tokens_map.items() if key != "unk_token"]
+    kept = {str(t) for value in others for t in (value if isinstance(value, list) else [value])}
+    return frozenset(i for token, i in names.items() if token != tokenizer.unk_token or token in kept)
