@@ -1,10 +1,10 @@
 """Text: documents from files, Hugging Face data sets and the built-in language.
 
-    documents = load_documents("corpus.jsonl")        # a lazy, indexable sequence of texts with a name and a fingerprint
-    train, held_out = split_held_out(documents)       # the last 5 % are never trained on
+    documents = load_documents("corpus.jsonl")     # a lazy sequence of texts with a name and a fingerprint
+    train, held_out = split_held_out(documents)    # the last 5 % are never trained on
 
-Nothing is held in memory that need not be: text files are indexed by line and read through a memory map, Parquet and
-Hugging Face data sets through Arrow, StoryWorld's stories are told when they are asked for.
+Nothing is held in memory that need not be: text files are indexed by line and read through a memory map,
+Parquet and Hugging Face data sets through Arrow, StoryWorld's stories are told when they are asked for.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _STORY_SEED = 7_000_000_000
 
 
 class Documents(Sequence[str]):
-    """Texts read lazily by index; slices are `Documents` too. A document may be blank: it has no tokens and is passed over."""
+    """Texts read lazily by index; slices are `Documents` too. A document may be blank: it has no tokens and
+    is passed over."""
 
     def __init__(
         self, texts: Sequence[str], name: str, fingerprint: Callable[[], str], indices: range | None = None
@@ -70,11 +71,12 @@ class Documents(Sequence[str]):
 
 
 def load_documents(spec: str | Path | Sequence[str], *, text_column: str | None = None) -> Documents:
-    """Documents from a list of texts, a file, `storyworld` (or `storyworld:liars` …), or a Hugging Face data set id.
+    """Documents from a list of texts, a file, `storyworld` (or `storyworld:liars` …), or a Hugging Face data
+    set id.
 
-    Files: .txt (one document a line, blank lines dropped), .jsonl, .csv, .tsv, .parquet, of which one column is read:
-    `text_column`, else the first of `TEXT_COLUMNS`. A data set id may name a configuration after a colon.
-    Raises InputError when there is no such thing, no such column, or no text in it.
+    Files: .txt (one document a line, blank lines dropped), .jsonl, .csv, .tsv, .parquet, of which one column
+    is read: `text_column`, else the first of `TEXT_COLUMNS`. A data set id may name a configuration after a
+    colon. Raises InputError when there is no such thing, no such column, or no text in it.
     """
     if isinstance(spec, Documents):
         return spec
@@ -92,12 +94,13 @@ def load_documents(spec: str | Path | Sequence[str], *, text_column: str | None 
 
 
 def split_held_out(documents: Documents) -> tuple[Documents, Documents]:
-    """(train, held out): the held-out documents are the last 5 %, at least 20. Raises InputError below 40 documents."""
+    """(train, held out): the held-out documents are the last 5 %, at least 20. Raises InputError below 40
+    documents."""
     n = len(documents)
     if n < 2 * MIN_HELD_OUT:
         raise InputError(
-            f"{documents.name} has {n} document{'s' * (n != 1)}: at least {2 * MIN_HELD_OUT} are needed to hold out "
-            f"{MIN_HELD_OUT} of them. Give more text, or cut it into more documents (lines)."
+            f"{documents.name} has {n} document{'s' * (n != 1)}: at least {2 * MIN_HELD_OUT} are needed "
+            f"to hold out {MIN_HELD_OUT} of them. Give more text, or cut it into more documents (lines)."
         )
     n_held_out = max(MIN_HELD_OUT, round(HELD_OUT_SHARE * n))
     return documents[: n - n_held_out], documents[n - n_held_out :]
@@ -106,7 +109,8 @@ def split_held_out(documents: Documents) -> tuple[Documents, Documents]:
 class Permutation(Sequence[int]):
     """A pseudo-random permutation of range(n) in no memory: a Feistel network with cycle walking.
 
-    permutation[i] and permutation[np.array([...])] give where i goes; the same (n, seed…) is the same permutation anywhere.
+    permutation[i] and permutation[np.array([...])] give where i goes; the same (n, seed…) is the same
+    permutation anywhere.
     """
 
     _ROUNDS = 8
@@ -200,7 +204,7 @@ def _from_file(path: Path, text_column: str | None) -> Documents:
     if path.suffix.lower() not in SUFFIXES:
         if (path / "cache.json").exists():
             raise InputError(
-                f"{path} is an activation cache, not text: train on it directly, or open it with ActivationCache."
+                f"{path} is an activation cache, not text: train on it, or open it with ActivationCache.open."
             )
         kind = "a directory" if path.is_dir() else f"a {path.suffix or 'suffixless'} file"
         raise InputError(f"{path} is {kind}; text is read from {', '.join(SUFFIXES)} files.")
@@ -264,7 +268,7 @@ def _json_lines(path: Path, text_column: str | None) -> Sequence[str]:
             raise InputError(f"{path}, line {number}: not JSON ({error.msg}).") from None
         if not isinstance(value, dict):
             raise InputError(
-                f"{path}, line {number}: a {type(value).__name__}, where an object with a text column is needed."
+                f"{path}, line {number}: a {type(value).__name__}, not an object with a text column."
             )
         return value
 
@@ -327,8 +331,8 @@ def _from_hub(spec: str, text_column: str | None) -> Documents:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{spec!r} is no file, and no Hugging Face data set of that name could be loaded ({first_line})."
-            f"{did_you_mean(spec, ['storyworld'])} Give a file ({', '.join(SUFFIXES)}), 'storyworld', or a data set id "
-            "that is cached or can be reached."
+            f"{did_you_mean(spec, ['storyworld'])} Give a file ({', '.join(SUFFIXES)}), 'storyworld', or the "
+            "id of a data set that is cached or can be reached."
         ) from None
     split = "train" if "train" in splits else next(iter(splits))
     table = splits[split]

@@ -4,16 +4,17 @@
     for batch in token_batches(model, documents, tokenization):
         model.logits(batch.input_ids, batch.attention_mask)[batch.keep]
 
-A row is `prefix + text + suffix`: BOS before the text, or CLS before and SEP after it, as the tokenizer has it. Without packing a
-row holds text of one document, and a document that is too long for one row is cut into several. With packing, documents
-are laid end to end – with the tokenizer's EOS between them, for causal models that have one – and cut into full rows.
+A row is `prefix + text + suffix`: BOS before the text, or CLS before and SEP after it, as the tokenizer has
+it. Without packing a row holds text of one document, and a document that is too long for one row is cut into
+several. With packing, documents are laid end to end – with the tokenizer's EOS between them, for causal
+models that have one – and cut into full rows.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -38,13 +39,20 @@ class Model(Protocol):
 
     name: str
     tokenizer: Any
-    device: torch.device
-    context: int
-    d_vocab: int
-    is_causal: bool
-    bos_id: int | None
-    pad_id: int
     special_ids: frozenset[int]
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def d_vocab(self) -> int: ...
+    @property
+    def is_causal(self) -> bool: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def pad_id(self) -> int: ...
 
     def run(
         self,
@@ -65,8 +73,8 @@ class Tokenization:
     packing: bool = False
     """Lay documents end to end and cut them into full rows, rather than one document a row."""
     bos: Literal["auto", "always", "never"] = "auto"
-    """Special tokens around each row. `auto`: as the tokenizer does for a single text (BOS, CLS … SEP, or nothing);
-    `always`: a BOS even if the tokenizer adds none; `never`: none."""
+    """Special tokens around each row. `auto`: as the tokenizer does for a single text (BOS, CLS … SEP, or
+    nothing); `always`: a BOS even if the tokenizer adds none; `never`: none."""
     chat_template: bool = False
     """Each document is a user's message, put into the tokenizer's chat template."""
     drop_special: bool = True
@@ -75,7 +83,8 @@ class Tokenization:
     """Tokens of extreme norm (attention sinks) do not count; see `steerkit.activations.sink_threshold`."""
 
     def resolve(self, model: Model) -> Layout:
-        """The layout of rows for a model. Raises InputError when the model or its tokenizer cannot do what is asked."""
+        """The layout of rows for a model. Raises InputError when the model or its tokenizer cannot do what is
+        asked."""
         tokenizer = model.tokenizer
         if tokenizer is None:
             raise InputError(f"{model.name} has no tokenizer: load the model with tokenizer=….")
@@ -165,12 +174,13 @@ class Row:
 
 @dataclass
 class TokenBatch:
-    """Right-padded rows of tokens, on the model's device."""
+    """Right-padded rows of tokens."""
 
     input_ids: Int[Tensor, "batch pos"]
     attention_mask: Int[Tensor, "batch pos"]
     keep: Bool[Tensor, "batch pos"]
-    """The tokens that count: no pads, and no special tokens if those are dropped. (Sinks are known only after the forward.)"""
+    """The tokens that count: no pads, and no special tokens if those are dropped. (Sinks are known only after
+    the forward.)"""
     document: Int[Tensor, " batch"]
     """Index of the document of each row's first text token."""
     offset: Int[Tensor, " batch"]
@@ -184,6 +194,9 @@ class TokenBatch:
     def n_kept(self) -> int:
         return int(self.keep.sum())
 
+    def to(self, device: torch.device) -> TokenBatch:
+        return TokenBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
 
 def token_batches(
     model: Model,
@@ -194,18 +207,21 @@ def token_batches(
     max_tokens: int | None = None,
     order: Sequence[int] | None = None,
 ) -> Iterator[TokenBatch]:
-    """Batches of at most `batch_tokens` tokens (pads included; one row at least), rows of like length together.
+    """Batches of at most `batch_tokens` tokens (pads included; one row at least), rows of like length
+    together.
 
-    Takes the documents in `order` (default: as they stand) until `max_tokens` tokens that count; the last row is cut so that it
-    is never more. Deterministic. Raises InputError if there is not one token that counts.
+    Takes the documents in `order` (default: as they stand) until `max_tokens` tokens that count; the last row
+    is cut so that it is never more. Deterministic. Raises InputError if there is not one token that counts.
     """
     reader = RowReader(model, load_documents(documents), tokenization or Tokenization())
     n_kept = 0
     rows = reader.up_to(reader.rows(order=order), max_tokens)
-    for window in _windows(rows, _WINDOW * batch_tokens):
+    more = True
+    while more:
+        window, more = take_rows(rows, _WINDOW * batch_tokens)
         for group in length_sorted(window, batch_tokens):
             n_kept += sum(row.n_kept for row in group)
-            yield reader.batch(group)
+            yield reader.batch(group).to(model.device)
     if not n_kept:
         raise InputError(
             f"{reader.documents.name}: not one token that counts, when special tokens are left out."
@@ -255,13 +271,9 @@ class RowReader:
             document[i, text] = row.document
             position[i, text] = row.position
         keep = real & ~self._is_special[ids] if layout.drop_special else real
-        return TokenBatch(
-            *(torch.from_numpy(a).to(self.model.device) for a in (ids, real.astype(np.int64), keep)),
-            *(
-                torch.from_numpy(a)
-                for a in (document[:, first].copy(), position[:, first].copy(), document, position)
-            ),
-        )
+        row_starts = (document[:, first].copy(), position[:, first].copy())
+        arrays = (ids, real.astype(np.int64), keep, *row_starts, document, position)
+        return TokenBatch(*map(torch.from_numpy, arrays))
 
     def _one_a_row(self, start: Cursor, order: Sequence[int]) -> Iterator[Row]:
         capacity = self.layout.capacity
@@ -305,7 +317,8 @@ class RowReader:
         return Row(ids, document, position, n_kept, end)
 
     def _shortened(self, row: Row, n_kept: int) -> Row:
-        """`row` cut after as much text as leaves at most `n_kept` tokens that count (one text token at least)."""
+        """`row` cut after as much text as leaves at most `n_kept` tokens that count (one text token at
+        least)."""
         layout = self.layout
         if row.n_kept <= n_kept:
             return row
@@ -315,7 +328,8 @@ class RowReader:
         return self._row(row.ids[:end], row.document[:end], row.position[:end], row.end)
 
     def _token_ids(self, first: int, order: Sequence[int]) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(rank in `order`, document, its tokens without special ones around), tokenised a few hundred documents at a time."""
+        """(rank in `order`, document, its tokens without special ones around), tokenised a few hundred
+        documents at a time."""
         ranks = iter(range(first, len(order)))
         while True:
             chunk: list[tuple[int, int, str]] = []
@@ -350,14 +364,14 @@ class RowReader:
         highest = max((int(ids.max()) for ids in arrays if len(ids)), default=0)
         if highest >= self.model.d_vocab:
             raise InputError(
-                f"The tokenizer makes token {highest}, but {self.model.name} knows only {self.model.d_vocab}: "
-                "they do not belong together."
+                f"The tokenizer makes token {highest}, but {self.model.name} knows only "
+                f"{self.model.d_vocab}: they do not belong together."
             )
         return arrays
 
     @cached_property
     def _is_special(self) -> Bool[np.ndarray, " d_vocab"]:
-        special = _special_ids(self.model) | {*self.layout.prefix, *self.layout.suffix}
+        special = self.model.special_ids | {*self.layout.prefix, *self.layout.suffix}
         if self.layout.separator is not None:
             special |= {self.layout.separator}
         lookup = np.zeros(
@@ -367,8 +381,22 @@ class RowReader:
         return lookup
 
 
+def take_rows(rows: Iterator[Row], n_tokens: int) -> tuple[list[Row], bool]:
+    """Rows with at least `n_tokens` tokens that count, and whether there were as many."""
+    taken: list[Row] = []
+    n = 0
+    while n < n_tokens:
+        row = next(rows, None)
+        if row is None:
+            return taken, False
+        taken.append(row)
+        n += row.n_kept
+    return taken, True
+
+
 def length_sorted(rows: Collection[Row], batch_tokens: int) -> list[list[Row]]:
-    """`rows` in groups of like length, each at most `batch_tokens` text tokens when padded (one row at least)."""
+    """`rows` in groups of like length, each at most `batch_tokens` text tokens when padded (one row at
+    least)."""
     groups: list[list[Row]] = []
     for row in sorted(rows, key=len):
         if groups and (len(groups[-1]) + 1) * len(row) <= batch_tokens:
@@ -376,19 +404,6 @@ def length_sorted(rows: Collection[Row], batch_tokens: int) -> list[list[Row]]:
         else:
             groups.append([row])
     return groups
-
-
-def _windows(rows: Iterator[Row], n_tokens: int) -> Iterator[list[Row]]:
-    window: list[Row] = []
-    n = 0
-    for row in rows:
-        window.append(row)
-        n += len(row)
-        if n >= n_tokens:
-            yield window
-            window, n = [], 0
-    if window:
-        yield window
 
 
 def _affixes(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -399,13 +414,3 @@ def _affixes(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if full[start : start + len(bare)] == bare:
             return tuple(full[:start]), tuple(full[start + len(bare) :])
     return (), ()
-
-
-def _special_ids(model: Model) -> frozenset[int]:
-    """The model's special tokens without the one for unknown words, which stands for text, unless it has another office too."""
-    tokenizer = model.tokenizer
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    offices = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "pad_token_id")
-    if unknown is None or unknown in {getattr(tokenizer, office, None) for office in offices}:
-        return model.special_ids
-    return model.special_ids - {unknown}
