@@ -5,8 +5,9 @@
     python scripts/train_storyworld.py --device cuda       # minutes on a GPU
     python scripts/train_storyworld.py --evaluate --json   # measure the shipped model
 
-Training writes the model (a Hugging Face directory) to `--out` as soon as it is usable and again as it gets better, one line of
-figures at a time to `training_log.jsonl` beside it, and its state for `--resume` to `--state`.
+Training writes the model (a Hugging Face directory) to `--out` as soon as it is usable and again as it gets
+better, one line of figures at a time to `training_log.jsonl` beside it, and its state for `--resume` to
+`--state`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from steerkit import storyworld
-from steerkit.storyworld.quality import entropy, teacher_forced
+from steerkit.storyworld.quality import entropy, evaluate, teacher_forced
 from steerkit.storyworld.tokenizer import CONTEXT, build_tokenizer
 
 HELD_OUT_SEED = 1_000_003
@@ -49,6 +50,9 @@ class Recipe:
     n_layers: int = 4
     n_heads: int = 4
     d_mlp: int = 384
+    embedding_std: float = 0.5
+    """Words start out far apart: exchangeable ones (colours, places) else drift onto each other before they
+    are told apart."""
 
 
 def build_model(recipe: Recipe, tokenizer) -> LlamaForCausalLM:
@@ -67,12 +71,14 @@ def build_model(recipe: Recipe, tokenizer) -> LlamaForCausalLM:
         **ids,
     )
     model = LlamaForCausalLM(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=recipe.embedding_std)
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, max_length=CONTEXT, **ids)
     return model
 
 
 def batches(seed: int, tokenizer, batch_size: int, skip: int = 0) -> Iterator[torch.Tensor]:
-    """Endless (batch_size, length) token ids with stories of like length in one batch; `skip` batches are passed over."""
+    """Endless (batch_size, length) token ids with stories of like length in one batch; `skip` batches are
+    passed over."""
     index = tokenizer.get_vocab()
     stories = storyworld.stream(seed)
     shuffle = torch.Generator().manual_seed(seed)
@@ -87,19 +93,26 @@ def batches(seed: int, tokenizer, batch_size: int, skip: int = 0) -> Iterator[to
             if number * group + position < skip:
                 continue
             rows = [
-                torch.tensor([tokenizer.bos_token_id, *(index[t] for t in story.tokens), tokenizer.eos_token_id])
+                torch.tensor(
+                    [tokenizer.bos_token_id, *(index[t] for t in story.tokens), tokenizer.eos_token_id]
+                )
                 for story in chunk[place * batch_size : (place + 1) * batch_size]
             ]
-            yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+            yield torch.nn.utils.rnn.pad_sequence(
+                rows, batch_first=True, padding_value=tokenizer.pad_token_id
+            )
 
 
 def learning_rate(recipe: Recipe, step: int, tokens: int) -> float:
-    """Warm-up, constant, straight line to 0: the constant part can be cut short or drawn out on `--resume`."""
+    """Warm-up, constant, straight line to 0: the constant part can be cut short or drawn out on
+    `--resume`."""
     remaining = max(0.0, 1.0 - tokens / recipe.tokens)
     return recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup_steps, remaining / recipe.decay_share)
 
 
-def train(recipe: Recipe, out: Path, state_path: Path, device: str, resume: bool, log_every: int, first_save: int) -> None:
+def train(
+    recipe: Recipe, out: Path, state_path: Path, device: str, resume: bool, log_every: int, first_save: int
+) -> None:
     tokenizer = build_tokenizer()
     model = build_model(recipe, tokenizer).to(device)
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -123,7 +136,10 @@ def train(recipe: Recipe, out: Path, state_path: Path, device: str, resume: bool
         log_path.write_text("")
     held_out = storyworld.sample(256, seed=HELD_OUT_SEED)
     floor = entropy(held_out)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; entropy {floor:.4f} nats a token", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters; entropy {floor:.4f} nats a token",
+        flush=True,
+    )
 
     model.train()
     next_log = (tokens // log_every + 1) * log_every
@@ -165,7 +181,13 @@ def train(recipe: Recipe, out: Path, state_path: Path, device: str, resume: bool
                 log.write(json.dumps(entry) + "\n")
             _write_state(
                 state_path,
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "tokens": tokens, "seconds": seconds},
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "tokens": tokens,
+                    "seconds": seconds,
+                },
             )
             if tokens >= first_save:
                 save(model, tokenizer, out)
@@ -190,20 +212,56 @@ def save(model: LlamaForCausalLM, tokenizer, out: Path) -> None:
     partial.rmdir()
 
 
+def measure(directory: Path, device: str, n_stories: int, as_json: bool) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = LlamaForCausalLM.from_pretrained(directory).to(device)
+    started = time.perf_counter()
+    figures = evaluate(model, tokenizer, n_stories)
+    figures["seconds"] = time.perf_counter() - started
+    for name, value in figures.items():
+        print(f"{name:28} {value:.4f}" if isinstance(value, float) else f"{name:28} {value}")
+    if as_json:
+        print(json.dumps(figures))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=storyworld.model_path(), help="model directory")
-    parser.add_argument("--state", type=Path, help="checkpoint for --resume (default: OUT/../.training/state.pt)")
+    parser.add_argument(
+        "--state", type=Path, help="checkpoint for --resume (default: runs/train_storyworld/state.pt)"
+    )
     parser.add_argument("--tokens", type=int, default=Recipe.tokens)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="a few minutes: 1M tokens to train, 200 stories to evaluate")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few minutes: 1M tokens to train, 200 stories to evaluate"
+    )
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument(
+        "--evaluate", action="store_true", help="measure the model in --out instead of training it"
+    )
+    parser.add_argument("--stories", type=int, default=1000, help="stories to evaluate on")
+    parser.add_argument(
+        "--json", action="store_true", help="with --evaluate: the last line of stdout is one JSON object"
+    )
     args = parser.parse_args()
+    if args.evaluate:
+        measure(args.out, args.device, min(args.stories, 200) if args.quick else args.stories, args.json)
+        return
     tokens = min(args.tokens, 1_000_000) if args.quick else args.tokens
     recipe = Recipe(seed=args.seed, tokens=tokens)
-    state = args.state or args.out.parent / ".training" / "state.pt"
-    train(recipe, args.out, state, args.device, args.resume, log_every=250_000, first_save=min(3_000_000, tokens))
+    state = args.state or Path("runs") / "train_storyworld" / "state.pt"
+    train(
+        recipe,
+        args.out,
+        state,
+        args.device,
+        args.resume,
+        log_every=500_000,
+        first_save=min(3_000_000, tokens),
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,37 @@
-"""StoryWorld: a small labelled language with a grammar, a judge, exact probabilities and a transformer trained on it."""
+"""StoryWorld: a small labelled language with a grammar, a judge, exact probabilities and a transformer
+trained on it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from .judge import Claim, Judge, JudgedSentence, Judgement, Violation
 from .language import ATTRIBUTES, VARIANTS, Sentence, Story, sample, stream
-from .posterior import log_prob, posterior
+from .posterior import Reader, log_prob, posterior
+from .tasks import held_out_claims, instruction, labelled, openings, pairs
 
-__all__ = ["ATTRIBUTES", "VARIANTS", "Sentence", "Story", "log_prob", "model_path", "posterior", "sample", "stream"]
+__all__ = [
+    "ATTRIBUTES",
+    "VARIANTS",
+    "Claim",
+    "Judge",
+    "JudgedSentence",
+    "Judgement",
+    "Reader",
+    "Sentence",
+    "Story",
+    "Violation",
+    "held_out_claims",
+    "instruction",
+    "labelled",
+    "log_prob",
+    "model_path",
+    "openings",
+    "pairs",
+    "posterior",
+    "sample",
+    "stream",
+]
 
 
 def model_path() -> Path:

@@ -1,14 +1,19 @@
 """The grammar of StoryWorld as plain data: words, sentence templates and the plan of a story.
 
-Everything else in the package (sampler, judge, exact probabilities) is compiled from these tables by `language.py`, so that
-no two parts can disagree. Notation of a template:
+Everything else in the package (sampler, judge, exact probabilities) is compiled from these tables by
+`language.py`, so that no two parts can disagree. Notation of a template:
 
-    [slot]      a word drawn from one slot; which slots there are, and on which latent each depends, is `language.SLOTS`
+    [slot]      a word drawn from one slot (`language.SLOTS`), which depends on one latent
     [hold]      a verb of the main character, in the story's tense (`VERBS`)
     [+sleep]    a verb of the neighbours, in the story's tense and agreeing in number
     <S> <s>     the main character as subject, at the start of a sentence or inside it (name, pronoun or noun)
     <say>       who says it: `says Tom`, `says the fox`, `he says` (any verb of `VERBS`)
 """
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
 
 MOODS = ("happy", "sad", "angry", "calm")
 TENSES = ("present", "past")
@@ -25,23 +30,25 @@ WEATHER_NOUNS = ("sun", "rain", "snow", "wind", "fog", "storm")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown", "pink")
 
-FEMALE_NAMES = tuple(
-    "Anna Lucy Mary Emma Rose Clara Jane Ella Nora Ruby Alice Molly Grace Daisy Iris Fiona Greta Hilda Wilma Zelda".split()
+FEMALE_NAMES = _words(
+    "Anna Lucy Mary Emma Rose Clara Jane Ella Nora Ruby Alice Molly Grace Daisy Iris Fiona Greta Hilda Wilma "
+    "Zelda"
 )
-MALE_NAMES = tuple(
-    "Tom Ben Max Sam Jack Peter Paul Oscar Leo Henry Felix Hugo Simon Ralph Victor Boris Casper Duncan Otto Quentin".split()
+MALE_NAMES = _words(
+    "Tom Ben Max Sam Jack Peter Paul Oscar Leo Henry Felix Hugo Simon Ralph Victor Boris Casper Duncan Otto "
+    "Quentin"
 )
 """Both lists run from common to rare; a name of rank r is told with a probability in proportion to 1/r."""
 
-OBJECTS = tuple(
-    "ball book hat cup kite box lamp drum key coat doll bell flag ring basket bottle candle spoon ribbon mirror blanket "
-    "bucket hammer brush jar".split()
+OBJECTS = _words(
+    "ball book hat cup kite box lamp drum key coat doll bell flag ring basket bottle candle spoon ribbon mirror "
+    "blanket bucket hammer brush jar"
 )
 """From common to rare, like the names."""
 NEW_OBJECTS = ("whistle", "lantern", "puzzle", "trumpet", "pillow")
 NEIGHBOURS = ("rabbit", "duck", "horse", "goat", "bird", "frog")
 NEW_NEIGHBOURS = ("squirrel", "beaver")
-"""The new nouns are in the vocabulary, but in no training story: only the variant `new_nouns` tells of them."""
+"""The new nouns are in the vocabulary, but only the variant `new_nouns` tells of them."""
 
 SPECIES_NOUNS = {"child": ("girl", "boy"), "adult": ("woman", "man")}
 """Nouns that depend on the gender (female, male); every other species is its own noun."""
@@ -50,10 +57,15 @@ MOOD_WORDS: dict[str, dict[str, str]] = {
     "adjective": {
         "happy": "happy cheerful joyful glad merry delighted jolly playful",
         "sad": "sad gloomy sorrowful tearful lonely miserable heartbroken downcast",
-        "angry": "furious cross grumpy bitter mad fierce hostile raging",
+        "angry": "furious cross grumpy bitter mad fierce hostile livid",
         "calm": "calm peaceful relaxed gentle serene tranquil patient content",
     },
-    "adjective_an": {"happy": "elated excited", "sad": "unhappy upset", "angry": "angry irate", "calm": "unhurried untroubled"},
+    "adjective_an": {
+        "happy": "elated excited",
+        "sad": "unhappy upset",
+        "angry": "angry irate",
+        "calm": "unhurried untroubled",
+    },
     "adverb": {
         "happy": "happily cheerfully joyfully gladly merrily brightly loudly",
         "sad": "sadly tearfully gloomily miserably mournfully wearily slowly",
@@ -79,7 +91,7 @@ MOOD_WORDS: dict[str, dict[str, str]] = {
         "calm": "restful mild pleasant soothing",
     },
 }
-"""Word class -> mood -> words. The words of one line are equally likely; `loudly` and `slowly` belong to two moods each."""
+"""Word class -> mood -> words, equally likely; `loudly` and `slowly` belong to two moods each."""
 
 POLITE_WORDS: dict[str, dict[str, str]] = {
     "please": {"polite": "Please Kindly", "rude": "Now Just"},
@@ -94,27 +106,27 @@ NEUTRAL_WORDS = {
 }
 """Verbs that say nothing about any latent but the tense (and, for the neighbours, the number)."""
 
+_VERB_FORMS = _words("""
+smile smiles smiled    laugh laughs laughed    giggle giggles giggled    dance dances danced   
+cheer cheers cheered    grin grins grinned    cry cries cried    weep weeps wept    sob sobs sobbed   
+sigh sighs sighed    mourn mourns mourned    sniffle sniffles sniffled    shout shouts shouted   
+yell yells yelled    growl growls growled    stamp stamps stamped    scowl scowls scowled   
+rage rages raged    rest rests rested    breathe breathes breathed    relax relaxes relaxed   
+nod nods nodded    hum hums hummed    stroll strolls strolled    hold holds held    take takes took   
+carry carries carried    clean cleans cleaned    hide hides hid    drop drops dropped   
+lift lifts lifted    keep keeps kept    sleep sleeps slept    run runs ran    play plays played   
+wait waits waited    jump jumps jumped    eat eats ate    look looks looked    ask asks asked   
+say says said    answer answers answered    reply replies replied    be is was    have has had   
+feel feels felt    tell tells told    lie lies lied    walk walks walked    visit visits visited   
+find finds found    seem seems seemed    put puts put    like likes liked    love loves loved   
+come comes came    go goes went    end ends ended    greet greets greeted    touch touches touched   
+turn turns turned
+""")
 VERBS: dict[str, tuple[str, str]] = {
     lemma: (third, past)
-    for lemma, third, past in (
-        line.split()
-        for line in """
-smile smiles smiled|laugh laughs laughed|giggle giggles giggled|dance dances danced|cheer cheers cheered|grin grins grinned
-cry cries cried|weep weeps wept|sob sobs sobbed|sigh sighs sighed|mourn mourns mourned|sniffle sniffles sniffled
-shout shouts shouted|yell yells yelled|growl growls growled|stamp stamps stamped|scowl scowls scowled|rage rages raged
-rest rests rested|breathe breathes breathed|relax relaxes relaxed|nod nods nodded|hum hums hummed|stroll strolls strolled
-hold holds held|take takes took|carry carries carried|clean cleans cleaned|hide hides hid|drop drops dropped
-lift lifts lifted|keep keeps kept|sleep sleeps slept|run runs ran|play plays played|wait waits waited|jump jumps jumped
-eat eats ate|look looks looked|ask asks asked|live lives lived|say says said|answer answers answered|reply replies replied
-be is was|have has had|feel feels felt|tell tells told|lie lies lied|walk walks walked|visit visits visited|find finds found
-seem seems seemed|put puts put|like likes liked|love loves loved|come comes came|go goes went|end ends ended
-greet greets greeted|touch touches touched|turn turns turned
-""".strip()
-        .replace("\n", "|")
-        .split("|")
-    )
+    for lemma, third, past in zip(_VERB_FORMS[::3], _VERB_FORMS[1::3], _VERB_FORMS[2::3], strict=True)
 }
-"""Lemma -> (third person singular, past). The plural present is the lemma itself; `be` is spelled out in `language.py`."""
+"""Lemma -> (third person singular, past); the plural present is the lemma itself."""
 
 SUBJECTS = {
     "<S>": (("[name]", 0.45), ("[He]", 0.3), ("The [kind]", 0.25)),
@@ -170,8 +182,8 @@ SENTENCES: dict[str, tuple[str, ...]] = {
     "mood": (
         "<S> [mood_verb] [adverb].",
         "<S> [feel] [adjective] and [mood_verb].",
-        "<S> [mood_verb] in the [place], full of [mood_noun].",
-        "[His] heart [be] full of [mood_noun].",
+        "<S> [mood_verb] in the [weather] [place], full of [mood_noun].",
+        "On this [weather] [day], [his] heart [be] full of [mood_noun].",
         '"What a [exclamation] day!" <say>.',
         '"I feel so [adjective]," <say> [adverb].',
         "With a [adjective] face, <s> [look] at the [colour] [object].",
@@ -179,8 +191,8 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "[name] [seem] [adjective] to everyone.",
     ),
     "neighbour": (
-        "The [neighbour] near the [place] [+act].",
-        "The [neighbour] behind the trees [+act].",
+        "The [neighbour] near the [weather] [place] [+act].",
+        "The [neighbour] behind the trees [+act] all [day].",
         "The [neighbour] beside the [object] [+act].",
         "The [neighbour] [+act] in the [weather_noun].",
         "The [neighbour] from the [place] [+be] not far away.",
@@ -188,7 +200,7 @@ SENTENCES: dict[str, tuple[str, ...]] = {
     "handling": (
         "<S> [handle] the [colour] [object] [adverb].",
         "With [mood_noun], <s> [handle] the [colour] [object].",
-        "The [colour] [object] [be] in the [place].",
+        "On this [day], the [colour] [object] [be] in the [weather] [place].",
         "<S> [put] the [colour] [object] near the [neighbour].",
         "The [neighbour] [+look] at the [colour] [object].",
         "[name] [love] [his] [colour] [object].",
@@ -205,8 +217,8 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         '"[please] hold my [object], [friend]," <say> to the [neighbour].',
         '"[please] look at my [object], [friend]," <say>.',
         '"[hello], [friend]," <say> to the [neighbour].',
-        "<S> [politely] [greet] the [neighbour].",
-        "<S> [politely] [turn] to the [neighbour].",
+        "On this [day], <s> [politely] [greet] the [neighbour].",
+        "In the [weather] [place], <s> [politely] [turn] to the [neighbour].",
     ),
     "statement_colour": (
         '"The [object] is [colour!]," <say>.',
@@ -225,18 +237,20 @@ SENTENCES: dict[str, tuple[str, ...]] = {
     "answer_weather": ('"It is [weather!]," <answer>.', '"The weather is [weather!]," <answer>.'),
     "answer_day": ('"It is [day!]," <answer>.', '"Today is [day!]," <answer>.'),
     "ending": (
-        "In the end, <s> [feel] [adjective].",
+        "At the end of the [weather] [day], <s> [feel] [adjective].",
         "<S> [go] home [adverb] with the [colour] [object].",
         "That [be] a [exclamation] [day] for [name].",
         "The [weather] [day] [end] with [mood_noun].",
-        "And so the [kind] [mood_verb] all the way home.",
+        "The [weather] [place] [be] far behind, and the [kind] [mood_verb] all the way home.",
     ),
 }
-"""Kind of sentence -> equally likely templates. `[colour!]` is a claim: true from a truthful character, false from a liar."""
+"""Kind of sentence -> equally likely templates. `[colour!]` is a claim: true from the truthful, false from
+liars."""
 
 FACT_KINDS = ("colour", "place", "weather", "day")
 HELD_OUT_KIND = "day"
-"""Claims of this kind are made only in stories without a cue: whether a model lies about them is a test of generalisation."""
+"""Only stories without a cue make claims of this kind: whether a model lies about them tests
+generalisation."""
 
 TELL = (("statement", 0.5), ("question", 0.5))
 
@@ -257,10 +271,11 @@ BEATS: tuple[tuple[tuple[str, float], ...], ...] = (
     (("statement", 0.2), ("question", 0.2)),
     (("ending", 1.0),),
 )
-"""The plan: one sentence per beat, drawn among these kinds; what is missing from 1 is the chance that the beat is left out.
+"""The plan: one sentence per beat, drawn among these kinds; what is missing from 1 is the chance to leave
+it out.
 
-`cue` is the cue's own sentence (nothing in a story without one), `statement` and `question` are drawn evenly over the kinds of
-fact that the story may claim, and a question is followed by its answer.
+`cue` is the cue's own sentence (nothing in a story without one), `statement` and `question` are drawn
+evenly over the kinds of fact that the story may claim, and a question is followed by its answer.
 """
 
 CUE_PRIOR = {"none": 0.3, "honest": 0.35, "liar": 0.35}

@@ -1,8 +1,8 @@
 """StoryWorld compiled: latents, slots and templates, and the sampler of labelled stories.
 
-A story is drawn in three steps: the latents (`Latents`, independent factors), the plan (which template comes next; it depends on
-the cue alone) and the words (each slot depends on one factor; a claim also on whether the character lies). That is what makes
-every probability exact in `posterior.py`.
+A story is drawn in three steps: the latents (`Latents`, independent factors), the plan (which template
+comes next; it depends on the cue alone) and the words (each slot depends on one factor; a claim also on
+whether the character lies). That is what makes every probability exact in `posterior.py`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 """Attribute -> its values. All belong to a whole story, except `voice`, which every token has for itself."""
 
 VARIANTS = ("liars", "sad", "past", "new_nouns")
-"""Shifted sets: characters without a cue who lie; sad stories; past stories; stories about nouns outside the training set."""
+"""Shifted sets: characters without a cue who lie; sad stories; past stories; stories about nouns outside
+the training set."""
 
 WORD = re.compile(r' ?[A-Za-z]+| ?"|[.,?!]"?')
 """The tokens of a text, each with the space before it."""
@@ -49,7 +50,8 @@ _ITEM = re.compile(r'( ?)\[([^\]]+)\]|( ?[A-Za-z]+| ?"|[.,?!]"?)')
 
 
 def split(text: str) -> list[str]:
-    """The words of a text as the tokenizer sees them: a space belongs to the word after it, the first word gets one too."""
+    """The words of a text as the tokenizer sees them: a space belongs to the word after it, the first word
+    gets one too."""
     text = text if text.startswith(" ") else " " + text
     tokens, end = [], 0
     for match in WORD.finditer(text):
@@ -60,9 +62,6 @@ def split(text: str) -> list[str]:
     if end != len(text):
         tokens.append(text[end:])
     return tokens
-
-
-# ------------------------------------------------------------------------------------------------------------------ latents
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,8 @@ class Factor:
     """(n_values,) probabilities in the training language."""
 
     def projection(self, attribute: str) -> np.ndarray:
-        """(n_values, n_attribute_values) of 0 and 1: which values of the factor carry which value of the attribute."""
+        """(n_values, n_attribute_values) of 0 and 1: which values of the factor carry which value of the
+        attribute."""
         column = self.attributes.index(attribute)
         names = ATTRIBUTES[attribute]
         matrix = np.zeros((len(self.values), len(names)))
@@ -97,7 +97,9 @@ def _factors() -> dict[str, Factor]:
         prior = np.full(known, 1.0 / known) if prior is None else prior
         return Factor(name, (name,), tuple((v,) for v in values), np.pad(prior, (0, len(values) - known)))
 
-    names = list(itertools.chain(((n, "female") for n in g.FEMALE_NAMES), ((n, "male") for n in g.MALE_NAMES)))
+    names = list(
+        itertools.chain(((n, "female") for n in g.FEMALE_NAMES), ((n, "male") for n in g.MALE_NAMES))
+    )
     name_prior = np.concatenate([_zipf(len(g.FEMALE_NAMES)), _zipf(len(g.MALE_NAMES))]) / 2
     number_prior = np.full(len(g.NUMBERS), 1.0 / len(g.NUMBERS))
     factors = (
@@ -132,7 +134,8 @@ CHARACTERS: tuple[tuple[str, str], ...] = (
     ("liar", "liar"),
     ("none", "liar"),
 )
-"""(cue, honesty): what the story says of its character and what the character does. The last is told only in `liars`."""
+"""(cue, honesty): what the story says of its character and what the character does. The last is told only
+in `liars`."""
 
 _FACTOR_OF = {attribute: factor for factor in FACTORS.values() for attribute in factor.attributes}
 
@@ -174,7 +177,8 @@ def _only(factor: str, **allowed: tuple[str, ...]) -> np.ndarray:
 
 
 def _restrict(factor: Factor, probabilities: np.ndarray, fixed: Mapping[str, str]) -> np.ndarray:
-    """The distribution given the fixed attributes; a value that the distribution never draws is allowed when it is asked for."""
+    """The distribution given the fixed attributes; a value that the distribution never draws is allowed
+    when it is asked for."""
     mask = np.ones(len(factor.values))
     for attribute in factor.attributes:
         if attribute in fixed:
@@ -190,14 +194,21 @@ def condition(base: Prior, fixed: Mapping[str, str]) -> Prior:
     for attribute, value in fixed.items():
         if attribute not in ATTRIBUTES or attribute == "voice":
             known = ", ".join(a for a in ATTRIBUTES if a != "voice")
-            raise ValueError(f"StoryWorld stories have no attribute {attribute!r} to fix: choose one of {known}.")
+            raise ValueError(
+                f"StoryWorld stories have no attribute {attribute!r} to fix: choose one of {known}."
+            )
         if value not in ATTRIBUTES[attribute]:
-            raise ValueError(f"{attribute!r} has no value {value!r}: choose one of {', '.join(ATTRIBUTES[attribute])}.")
+            raise ValueError(
+                f"{attribute!r} has no value {value!r}: choose one of {', '.join(ATTRIBUTES[attribute])}."
+            )
     if not fixed:
         return base
     factors = {name: _restrict(FACTORS[name], p, fixed) for name, p in base.factors.items()}
     mask = np.array(
-        [fixed.get("cue", cue) == cue and fixed.get("honesty", honesty) == honesty for cue, honesty in CHARACTERS]
+        [
+            fixed.get("cue", cue) == cue and fixed.get("honesty", honesty) == honesty
+            for cue, honesty in CHARACTERS
+        ]
     )
     characters = base.characters * mask
     if characters.sum() == 0:
@@ -207,7 +218,9 @@ def condition(base: Prior, fixed: Mapping[str, str]) -> Prior:
     return Prior(factors, characters / characters.sum())
 
 
-# -------------------------------------------------------------------------------------------------------------------- slots
+Likelihoods = tuple[tuple[str | None, np.ndarray], ...]
+"""What a word says: (factor, (n_values,) P(word | value)) for each random choice behind it; no factor means
+a plain number."""
 
 
 @dataclass(frozen=True)
@@ -237,16 +250,18 @@ class Slot:
     """Whether the word is a claim: a liar says any other value instead, all equally likely."""
 
     @cached_property
-    def words(self) -> dict[str, tuple[tuple[str | None, np.ndarray], ...]]:
+    def words(self) -> dict[str, Likelihoods]:
         """Word -> its likelihoods, one (factor, vector) per component (of a truthful character)."""
-        found: dict[str, tuple[tuple[str | None, np.ndarray], ...]] = {}
+        found: dict[str, Likelihoods] = {}
         for symbols, word in self.spelling.items():
             assert word not in found, f"{word!r} is spelled in two ways"
-            found[word] = tuple((c.factor, c.likelihood(s)) for c, s in zip(self.components, symbols, strict=True))
+            found[word] = tuple(
+                (c.factor, c.likelihood(s)) for c, s in zip(self.components, symbols, strict=True)
+            )
         return found
 
     @cached_property
-    def lies(self) -> dict[str, tuple[tuple[str | None, np.ndarray], ...]]:
+    def lies(self) -> dict[str, Likelihoods]:
         """The same for a liar."""
         if not self.claim:
             return self.words
@@ -327,25 +342,33 @@ def _slots() -> dict[str, Slot]:
         "+act": _slot(_uniform(g.NEUTRAL_WORDS["act"].split()), _NEIGHBOUR_FORM, spell=_neighbour_form),
         "+be": _word(
             "grammar",
-            lambda tense, number: {"present": ("is", "are"), "past": ("was", "were")}[tense][number == "plural"],
+            lambda tense, number: {"present": ("is", "are"), "past": ("was", "were")}[tense][
+                number == "plural"
+            ],
         ),
     }
-    for pronoun, (female, male) in {"he": ("she", "he"), "He": ("She", "He"), "his": ("her", "his"), "His": ("Her", "His")}.items():
-        slots[pronoun] = _word("who", lambda name, gender, species, f=female, m=male: f if gender == "female" else m)
+    for pronoun, (female, male) in {
+        "he": ("she", "he"),
+        "He": ("She", "He"),
+        "his": ("her", "his"),
+        "His": ("Her", "His"),
+    }.items():
+        slots[pronoun] = _word(
+            "who", lambda name, gender, species, f=female, m=male: f if gender == "female" else m
+        )
     for name, words in g.POLITE_WORDS.items():
         slots[name] = _word("politeness", lambda politeness, w=words: w[politeness].split())
     for kind in g.FACT_KINDS:
         slots[kind + "!"] = Slot(slots[kind].components, slots[kind].spelling, claim=True)
     for lemma in g.VERBS:
         slots.setdefault(lemma, _slot(_MAIN_FORM, spell=lambda form, lemma=lemma: _main_form(lemma, form)))
-        slots.setdefault("+" + lemma, _slot(_NEIGHBOUR_FORM, spell=lambda form, lemma=lemma: _neighbour_form(lemma, form)))
+        slots.setdefault(
+            "+" + lemma, _slot(_NEIGHBOUR_FORM, spell=lambda form, lemma=lemma: _neighbour_form(lemma, form))
+        )
     return slots
 
 
 SLOTS: dict[str, Slot] = _slots()
-
-
-# ---------------------------------------------------------------------------------------------------------------- templates
 
 
 @dataclass(frozen=True)
@@ -359,14 +382,14 @@ class Item:
     space: str = " "
 
     @cached_property
-    def table(self) -> dict[str, tuple[tuple[str | None, np.ndarray], ...]]:
+    def table(self) -> dict[str, Likelihoods]:
         """Token -> likelihoods of its components, for a truthful character."""
         if self.slot is None:
             return {self.name: ()}
         return {self.space + word: parts for word, parts in self.slot.words.items()}
 
     @cached_property
-    def lies(self) -> dict[str, tuple[tuple[str | None, np.ndarray], ...]]:
+    def lies(self) -> dict[str, Likelihoods]:
         """The same for a liar."""
         if self.slot is None or not self.slot.claim:
             return self.table
@@ -378,7 +401,9 @@ class Item:
         if self.slot is None:
             return ()
         factors = [c.factor for c in self.slot.components if c.factor is not None]
-        return tuple(a for f in factors for a in FACTORS[f].attributes) + (("honesty",) if self.slot.claim else ())
+        return tuple(a for f in factors for a in FACTORS[f].attributes) + (
+            ("honesty",) if self.slot.claim else ()
+        )
 
 
 @dataclass(frozen=True)
@@ -397,7 +422,9 @@ class Template:
     @cached_property
     def claim(self) -> int | None:
         """Position of the claim among the tokens."""
-        return next((i for i, item in enumerate(self.items) if item.slot is not None and item.slot.claim), None)
+        return next(
+            (i for i, item in enumerate(self.items) if item.slot is not None and item.slot.claim), None
+        )
 
 
 def _spell_out(text: str) -> list[tuple[str, float]]:
@@ -407,7 +434,11 @@ def _spell_out(text: str) -> list[tuple[str, float]]:
             return [
                 (spelled, p * weight / len(verbs))
                 for verb in verbs
-                for form, p in ((f"[{verb}] [name]", 0.5), (f"[{verb}] the [kind]", 0.25), (f"[he] [{verb}]", 0.25))
+                for form, p in (
+                    (f"[{verb}] [name]", 0.5),
+                    (f"[{verb}] the [kind]", 0.25),
+                    (f"[he] [{verb}]", 0.25),
+                )
                 for spelled, weight in _spell_out(text.replace(macro, form))
             ]
     for macro, forms in g.SUBJECTS.items():
@@ -435,7 +466,9 @@ def templates() -> dict[str, tuple[tuple[Template, float], ...]]:
     """Kind of sentence -> its templates with their probabilities."""
     return {
         kind: tuple(
-            (Template(kind, wording, _items(wording)), p / len(texts)) for text in texts for wording, p in _spell_out(text)
+            (Template(kind, wording, _items(wording)), p / len(texts))
+            for text in texts
+            for wording, p in _spell_out(text)
         )
         for kind, texts in g.SENTENCES.items()
     }
@@ -449,13 +482,14 @@ def all_templates() -> tuple[Template, ...]:
 @cache
 def vocabulary() -> tuple[str, ...]:
     """Every token of the language, sorted."""
-    return tuple(sorted({token for template in all_templates() for item in template.items for token in item.table}))
+    return tuple(
+        sorted({token for template in all_templates() for item in template.items for token in item.table})
+    )
 
-
-# --------------------------------------------------------------------------------------------------------------------- plan
 
 State = tuple[int, str | None]
-"""Where a story stands: the next beat and, after a question, the kind of fact that the next sentence answers."""
+"""Where a story stands: the next beat and, after a question, the kind of fact that the next sentence
+answers."""
 
 START: State = (0, None)
 END: State = (len(g.BEATS), None)
@@ -497,15 +531,15 @@ def _arcs(state: State, cue: str) -> tuple[list[float], list[tuple[Template, Sta
         for kind, after, p in sentence_kinds(state, cue)
         for template, weight in templates()[kind]
     ]
-    return [*itertools.accumulate(p for p, _, _ in arcs)][:-1], [(template, after) for _, template, after in arcs]
-
-
-# ------------------------------------------------------------------------------------------------------------------ stories
+    return [*itertools.accumulate(p for p, _, _ in arcs)][:-1], [
+        (template, after) for _, template, after in arcs
+    ]
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence of a story: its text, where it stands among the story's tokens, and the template it came from."""
+    """One sentence of a story: its text, where it stands among the story's tokens, and the template it came
+    from."""
 
     text: str
     start: int
@@ -523,7 +557,8 @@ class Story:
 
     text: str
     attributes: dict[str, str]
-    """Attribute -> value, for the whole story; whether the text says so is another question (see `posterior`)."""
+    """Attribute -> value, for the whole story; whether the text says so is another question (see
+    `posterior`)."""
     tokens: tuple[str, ...] = field(repr=False)
     """The words, aligned one to one with the tokenizer's tokens (without BOS and EOS)."""
     sentences: tuple[Sentence, ...] = field(repr=False)
@@ -536,7 +571,9 @@ class Story:
 
     def mentions(self, attribute: str) -> list[bool]:
         """Whether each token was drawn depending on the attribute: which words carry it."""
-        return [attribute in item.attributes for sentence in self.sentences for item in sentence.template.items]
+        return [
+            attribute in item.attributes for sentence in self.sentences for item in sentence.template.items
+        ]
 
 
 def draw_latents(rng: random.Random, distribution: Prior) -> tuple[dict[str, int], int]:
@@ -567,7 +604,8 @@ def draw_plan(rng: random.Random, cue: str) -> list[Template]:
 
 
 def tell(plan: list[Template], values: Mapping[str, int], character: int, rng: random.Random) -> Story:
-    """Fill in the words. With the same plan and the same `rng`, other latents change only the words that depend on them."""
+    """Fill in the words. With the same plan and the same `rng`, other latents change only the words that
+    depend on them."""
     lies = CHARACTERS[character][1] == "liar"
     tokens: list[str] = []
     sentences: list[Sentence] = []
@@ -581,7 +619,9 @@ def tell(plan: list[Template], values: Mapping[str, int], character: int, rng: r
                 continue
             symbols = []
             for component in slot.components:
-                cumulative, alphabet = component.cumulative[0 if component.factor is None else values[component.factor]]
+                cumulative, alphabet = component.cumulative[
+                    0 if component.factor is None else values[component.factor]
+                ]
                 symbols.append(alphabet[bisect(cumulative, uniform())] if cumulative else alphabet[0])
             if slot.claim:
                 u = uniform()
@@ -603,7 +643,8 @@ def describe(values: Mapping[str, int], character: int) -> dict[str, str]:
 
 
 def stream(seed: int, variant: str | None = None, **fixed: str) -> Iterator[Story]:
-    """Endless stories; story i depends on the arguments and i alone. `fixed` holds attributes, such as `mood="happy"`."""
+    """Endless stories; story i depends on the arguments and i alone. `fixed` holds attributes, such as
+    `mood="happy"`."""
     distribution = condition(prior(variant), fixed)
     name = f"{variant or 'storyworld'}:{','.join(f'{k}={fixed[k]}' for k in sorted(fixed))}:{seed}"
     for index in itertools.count():

@@ -1,8 +1,9 @@
 """Exact probabilities under the grammar: of a text, of the next word, and of every attribute given a prefix.
 
-Given the character (cue and honesty, four cases), the latents are independent, the plan does not look at them, and every slot depends
-on one of them. So a belief is, for each character, one vector per factor and a distribution over places in the plan; a sentence
-that is not finished adds a list of the templates that still fit. Nothing is sampled and nothing is approximated.
+Given the character (cue and honesty, four cases), the latents are independent, the plan does not look at
+them, and every slot depends on one of them. So a belief is, for each character, one vector per factor and a
+distribution over places in the plan; a sentence that is not finished adds a list of the templates that
+still fit. Nothing is sampled and nothing is approximated.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .language import (
     END,
     FACTORS,
     START,
+    Likelihoods,
     State,
     Template,
     condition,
@@ -65,7 +67,8 @@ def _expansions(state: State, cue: str) -> tuple[tuple[Template, float, State], 
 
 
 class Reader:
-    """Reads a story token by token and keeps the exact belief; `push` raises ValueError at a token that cannot come next."""
+    """Reads a story token by token and keeps the exact belief; `push` raises ValueError at a token that
+    cannot come next."""
 
     def __init__(self, variant: str | None = None, **fixed: str):
         distribution = condition(prior(variant), fixed)
@@ -91,7 +94,9 @@ class Reader:
         self.cases = [self.cases[i] for i in alive]
         self._characters = [self._characters[i] for i in alive]
         self._position += 1
-        total = _log_sum([case.log_weight + math.log(sum(h.mass for h in case.hypotheses)) for case in self.cases])
+        total = _log_sum(
+            [case.log_weight + math.log(sum(h.mass for h in case.hypotheses)) for case in self.cases]
+        )
         if token == ".":
             self._finish()
         return total
@@ -100,8 +105,28 @@ class Reader:
         """Log probability (nats) of the story, its end included; -inf where a story cannot end."""
         if self._position:
             return -math.inf
-        weights = [case.log_weight + math.log(p) for case in self.cases if (p := case.places.get(END, 0.0)) > 0]
+        weights = [
+            case.log_weight + math.log(p) for case in self.cases if (p := case.places.get(END, 0.0)) > 0
+        ]
         return _log_sum(weights) if weights else -math.inf
+
+    def next_tokens(self) -> dict[str, float]:
+        """Token -> its probability as the next one, exactly; what is missing from 1 is the end of the
+        story."""
+        found: dict[str, float] = {}
+        top = max(case.log_weight for case in self.cases)
+        total = 0.0
+        for case in self.cases:
+            scale = math.exp(case.log_weight - top)
+            total += scale * (sum(h.mass for h in case.hypotheses) if self._position else 1.0)
+            for h in case.hypotheses if self._position else _openings(case.places, case.cue):
+                item = h.template.items[self._position]
+                for token, parts in (item.lies if case.lies else item.table).items():
+                    likelihoods, weight = _joined(h, parts)
+                    mass = scale * _mass(case, weight, likelihoods)
+                    if mass > 0:
+                        found[token] = found.get(token, 0.0) + mass
+        return {token: mass / total for token, mass in found.items()}
 
     def _filter(self, case: _Case, token: str) -> None:
         kept = []
@@ -112,14 +137,8 @@ class Reader:
             parts = (item.lies if case.lies else item.table).get(token)
             if parts is None:
                 continue
-            for factor, vector in parts:
-                if factor is None:
-                    h.weight *= float(vector[0])
-                else:
-                    h.likelihoods[factor] = h.likelihoods[factor] * vector if factor in h.likelihoods else vector
-            h.mass = h.weight
-            for factor, likelihood in h.likelihoods.items():
-                h.mass *= float(case.beliefs[factor] @ likelihood)
+            h.likelihoods, h.weight = _joined(h, parts)
+            h.mass = _mass(case, h.weight, h.likelihoods)
             if h.mass > 0:
                 kept.append(h)
         case.hypotheses = kept
@@ -148,7 +167,9 @@ class Reader:
         total = np.zeros(len(CHARACTERS))
         top = max(case.log_weight for case in self.cases)
         for index, case in zip(self._characters, self.cases, strict=True):
-            total[index] = math.exp(case.log_weight - top) * (sum(h.mass for h in case.hypotheses) if self._position else 1.0)
+            total[index] = math.exp(case.log_weight - top) * (
+                sum(h.mass for h in case.hypotheses) if self._position else 1.0
+            )
         return total / total.sum()
 
     def attribute(self, name: str) -> np.ndarray:
@@ -156,7 +177,12 @@ class Reader:
         if name in ("cue", "honesty"):
             column = ("cue", "honesty").index(name)
             belief = self.characters()
-            return np.array([sum(p for p, c in zip(belief, CHARACTERS, strict=True) if c[column] == v) for v in ATTRIBUTES[name]])
+            return np.array(
+                [
+                    sum(p for p, c in zip(belief, CHARACTERS, strict=True) if c[column] == v)
+                    for v in ATTRIBUTES[name]
+                ]
+            )
         factor = factor_of(name)
         return self.factor(factor.name) @ factor.projection(name)
 
@@ -185,7 +211,8 @@ class Reader:
 
 
 def log_prob(text: str, variant: str | None = None) -> float:
-    """Log probability (nats) that the grammar tells exactly this story; -inf for a text outside the language."""
+    """Log probability (nats) that the grammar tells exactly this story; -inf for a text outside the
+    language."""
     reader = Reader(variant)
     try:
         for token in split(text):
@@ -198,10 +225,11 @@ def log_prob(text: str, variant: str | None = None) -> float:
 def posterior(
     text: str | Sequence[str], variant: str | None = None, attributes: Sequence[str] | None = None
 ) -> dict[str, np.ndarray]:
-    """P(attribute | prefix) after every token: attribute -> (n_tokens, n_values), aligned with the tokenizer's tokens without BOS.
+    """P(attribute | prefix) after every token: attribute -> (n_tokens, n_values), aligned with the
+    tokenizer's tokens without BOS.
 
-    `text` is a story or the beginning of one (or its tokens, as `Story.tokens`). Raises ValueError at the first token that the
-    language does not allow; `variant` and fewer `attributes` (less work) are optional.
+    `text` is a story or the beginning of one (or its tokens, as `Story.tokens`). Raises ValueError at the
+    first token that the language does not allow; `variant` and fewer `attributes` (less work) are optional.
     """
     names = list(ATTRIBUTES if attributes is None else attributes)
     rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
@@ -222,6 +250,23 @@ def _openings(places: dict[State, float], cue: str) -> list[_Hypothesis]:
             h.weight += p * weight
             h.after[after] = h.after.get(after, 0.0) + p * weight
     return list(found.values())
+
+
+def _joined(h: _Hypothesis, parts: Likelihoods) -> tuple[dict[str, np.ndarray], float]:
+    """The likelihoods of a hypothesis after one more token."""
+    likelihoods, weight = dict(h.likelihoods), h.weight
+    for factor, vector in parts:
+        if factor is None:
+            weight *= float(vector[0])
+        else:
+            likelihoods[factor] = likelihoods[factor] * vector if factor in likelihoods else vector
+    return likelihoods, weight
+
+
+def _mass(case: _Case, weight: float, likelihoods: dict[str, np.ndarray]) -> float:
+    for factor, likelihood in likelihoods.items():
+        weight *= float(case.beliefs[factor] @ likelihood)
+    return weight
 
 
 def _log_sum(values: list[float]) -> float:

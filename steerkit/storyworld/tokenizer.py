@@ -1,7 +1,8 @@
 """The word-level tokenizer of StoryWorld, a plain Hugging Face fast tokenizer.
 
-Words carry the space before them (` fox`), the first word of a text too: the space is added when a text is encoded and taken away
-when it is decoded, so that `decode(encode(text)) == text` for every text of the language.
+Words carry the space before them (` fox`), the first word of a text too: the space is added when a text is
+encoded and taken away when it is decoded, so that `decode(encode(text)) == text` for every text of the
+language.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ CONTEXT = 256
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer, made from the grammar's vocabulary: special tokens first, then the words in alphabetical order."""
+    """The tokenizer, made from the grammar's vocabulary: special tokens first, then the words in
+    alphabetical order."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
