@@ -1,13 +1,14 @@
 """What HookedModel needs from a model, for Hugging Face models (plain, PEFT, split over devices).
 
-A backend knows the model's sites and sizes, runs its trunk and its head, and generates. It finds all this out at load from
-the structure of the model and a few forwards of 14 tokens (see `steerkit.sites`).
+A backend knows the model's sites and sizes, runs its trunk and its head, and generates. It finds all this
+out at load from the structure of the model and a few forwards of 14 tokens (see `steerkit.sites`).
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from steerkit.sites import (
     is_projection,
     leaving_no_hooks,
     probe_ids,
+    raw_sites,
     refuse,
     same,
     trace,
@@ -38,21 +40,19 @@ from steerkit.sites import (
 
 
 class HuggingFaceBackend:
-    """A PreTrainedModel, or a PeftModel around one: structure from the inside, forwards with the adapters active."""
+    """A PreTrainedModel, or a PeftModel around one, run with its adapters active."""
 
-    def __init__(
-        self, model: nn.Module, *, special_ids: frozenset[int] = frozenset(), head: bool = True
-    ) -> None:
-        self.model = model
-        self.inner: Any = model.get_base_model() if _is_peft(model) else model
-        if _is_peft(model) and model.active_peft_config.is_prompt_learning:  # type: ignore[union-attr, operator]
-            kind = model.active_peft_config.peft_type.value  # type: ignore[union-attr, operator]
+    def __init__(self, model: Any, *, special_ids: frozenset[int] = frozenset(), head: bool = True) -> None:
+        self.model: Any = model
+        self.inner: Any = self.model.get_base_model() if _is_peft(model) else model
+        if _is_peft(model) and self.model.active_peft_config.is_prompt_learning:
             raise InputError(
-                f"Adapters that add virtual tokens ({kind}) shift positions and can't be hooked: use LoRA or its kin."
+                f"{self.model.active_peft_config.peft_type.value} adds virtual tokens, which shift positions: "
+                "such adapters can't be hooked, LoRA and its kin can."
             )
-        self.base: nn.Module = self.inner.base_model
-        self.config = self.inner.config
-        self.text_config = self.config.get_text_config()
+        self.base: Any = self.inner.base_model
+        self.config: Any = self.inner.config
+        self.text_config: Any = self.config.get_text_config()
         self.is_encoder_decoder = bool(self.config.is_encoder_decoder)
         self.has_lm_head = head and self.inner.get_output_embeddings() is not None
         self._accepts = frozenset(inspect.signature(self.base.forward).parameters)
@@ -66,15 +66,15 @@ class HuggingFaceBackend:
     # sizes
 
     @property
-    def embeddings(self) -> nn.Module:
+    def embeddings(self) -> Any:
         return self.inner.get_input_embeddings()
 
     @property
     def device(self) -> torch.device:
         weight = self.embeddings.weight
         if weight.is_meta:  # offloaded by accelerate, which runs the module on its execution device
-            return torch.device(self.embeddings._hf_hook.execution_device)  # type: ignore[union-attr]
-        return weight.device  # type: ignore[return-value]
+            return torch.device(self.embeddings._hf_hook.execution_device)
+        return weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,21 +86,17 @@ class HuggingFaceBackend:
 
     @property
     def d_vocab(self) -> int:
-        return int(self.embeddings.weight.shape[0])  # type: ignore[union-attr, index]
+        return int(self.embeddings.weight.shape[0])
 
     @property
     def context(self) -> int:
-        """The most positions the model has: the configuration's, less what RoBERTa's padding index uses up."""
+        """The most positions: the configuration's, less what RoBERTa's padding index uses up."""
         names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
         positions = next((int(v) for n in names if (v := getattr(self.text_config, n, None))), 1 << 30)
-        for module in self.base.modules():
-            if (
-                isinstance(module, nn.Embedding)
-                and module is not self.embeddings
-                and module.padding_idx is not None
-            ):
-                if module.num_embeddings == positions:
-                    return positions - module.padding_idx - 1
+        tables = [m for m in self.base.modules() if isinstance(m, nn.Embedding) and m is not self.embeddings]
+        for table in tables:
+            if table.padding_idx is not None and table.num_embeddings == positions:
+                return positions - table.padding_idx - 1
         return positions
 
     @property
@@ -129,7 +125,7 @@ class HuggingFaceBackend:
         self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, **options: Any
     ) -> Tensor:
         """Token ids, the prompt's included for decoder-only models."""
-        return self.model.generate(  # type: ignore[operator]
+        return self.model.generate(
             input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens, **options
         )
 
@@ -138,7 +134,7 @@ class HuggingFaceBackend:
         return not self.is_encoder_decoder
 
     def fresh(self) -> nn.Module:
-        """A new model of the same class and configuration, without adapters, initialised from torch's generator."""
+        """A new model of the same class and configuration, without adapters, from torch's generator."""
         return type(self.inner)(copy.deepcopy(self.config))
 
     def _inputs(self, input_ids: Tensor, mask: Tensor | None, accepts: frozenset[str]) -> dict[str, Any]:
@@ -172,7 +168,7 @@ class HuggingFaceBackend:
     def unembed(self, resid: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
         if self._unembedding is None:
             raise InputError(
-                f"{type(self.inner).__name__} has no single chain of modules from the final state to the logits: use logits()."
+                f"{type(self.inner).__name__} has no plain head from final state to logits: use logits()."
             )
         out = resid * self._scale
         for path in self._unembedding:
@@ -201,7 +197,7 @@ class HuggingFaceBackend:
         stacks = find_stacks(self.model, calls)
         if not stacks:
             raise InputError(
-                f"{type(self.inner).__name__} has no list of blocks that hand a hidden state on: its structure is not supported."
+                f"{type(self.inner).__name__} is not supported: no list of blocks hands on a hidden state."
             )
         self.sites: dict[str, Site] = {}
         self.n_layers = len(stacks[0].blocks)
@@ -210,7 +206,7 @@ class HuggingFaceBackend:
         for stack in stacks:
             self._stack_sites(stack, calls, output, lambda: run(ids, None))
         self.default_prefix = stacks[0].prefix
-        self.raw = raw_sites(calls, stacks)
+        self.raw = raw_sites(calls, {b.path: i for stack in stacks for i, b in enumerate(stack.blocks)})
         self._causal = self._is_causal(ids)
         self._positions_from_mask = self._needs_positions(ids)
         if self.has_lm_head:
@@ -220,7 +216,7 @@ class HuggingFaceBackend:
         path = next(p for p, m in self.model.named_modules() if m is self.embeddings)
         call = called_once(calls).get(path)
         if call is None or call.y is None:
-            reason = "the token embedding runs more than once or is not (batch, pos, width): use blocks.0.hook_resid_pre"
+            reason = "the token embedding runs more than once in a forward: use blocks.0.hook_resid_pre"
             self.sites["hook_embed"] = Site("hook_embed", path, 0, verified=False, reason=reason)
             return
         site = Site("hook_embed", path, call.y.shape[-1], volatile=call.y_volatile)
@@ -249,20 +245,21 @@ class HuggingFaceBackend:
             norm = [] if same(last.y, end) else value_chain(outside, last.y, lambda y: same(y, end), last.end)
             for i, (block, before, after) in enumerate(zip(stack.blocks, states, states[1:])):
                 at = f"{stack.prefix}blocks.{i}."
-                if not same(block.x, before.cpu()):
-                    sites[at + "hook_resid_pre"] = refuse(
-                        sites[at + "hook_resid_pre"], "differs from output_hidden_states"
-                    )
-                if not (same(block.y, after.cpu()) or (i == len(blocks) - 1 and norm)):
-                    sites[at + "hook_resid_post"] = refuse(
-                        sites[at + "hook_resid_post"], "differs from output_hidden_states"
-                    )
+                ends = i == len(blocks) - 1 and norm
+                for kind, good in (
+                    ("hook_resid_pre", same(block.x, before.cpu())),
+                    ("hook_resid_post", ends or same(block.y, after.cpu())),
+                ):
+                    if not good:
+                        sites[at + kind] = refuse(sites[at + kind], "differs from output_hidden_states")
             name = stack.prefix + "ln_final"
             if norm and not is_projection(self.model.get_submodule(norm[0].path)):
                 first = norm[0]
-                sites[name] = Site(name, first.path, first.y.shape[-1], volatile=first.y_volatile)  # type: ignore[union-attr]
+                width = first.y.shape[-1]  # type: ignore[union-attr]
+                sites[name] = Site(name, first.path, width, volatile=first.y_volatile)
             else:
-                reason = f"this model has no norm after its last block: use {stack.prefix}blocks.{len(blocks) - 1}.hook_resid_post"
+                post = f"{stack.prefix}blocks.{len(blocks) - 1}.hook_resid_post"
+                reason = f"this model has no norm after its last block: use {post}"
                 sites[name] = Site(name, "", 0, verified=False, reason=reason)
         for name, reason in failed_writes(self.model, blocks, sites, stack.prefix, forward).items():
             sites[name] = refuse(sites[name], reason)
@@ -276,7 +273,7 @@ class HuggingFaceBackend:
         return bool((full - changed).abs().max() <= 1e-4 * full.abs().max())
 
     def _needs_positions(self, ids: Tensor) -> bool:
-        """Whether a left-padded row needs position ids counted from its first token to give what it gives unpadded."""
+        """Whether a left-padded row needs position ids from the mask to give what it gives unpadded."""
         if self.is_encoder_decoder or "position_ids" not in self._accepts:
             return False
         pad = next((p for p in self.pad_candidates if isinstance(p, int) and 0 <= p < self.d_vocab), 0)
@@ -296,16 +293,16 @@ class HuggingFaceBackend:
         end = _hidden_states(output, stacks[-1].prefix)[-1].cpu()  # type: ignore[index]
         since = stacks[-1].blocks[-1].end
         cap = getattr(self.text_config, "final_logit_softcapping", None) or 0.0
-        for self._scale in (1.0, self.d_model**-0.5):
-            for self._cap in {0.0, float(cap)}:
+        for scale, bound in itertools.product((1.0, self.d_model**-0.5), {0.0, float(cap)}):
 
-                def done(y: Tensor, cap: float = self._cap) -> bool:
-                    return y.shape == logits.shape and same(cap * torch.tanh(y / cap) if cap else y, logits)
+            def done(y: Tensor, bound: float = bound) -> bool:
+                return same(bound * torch.tanh(y / bound) if bound else y, logits)
 
-                chain = value_chain(calls, end * self._scale, done, since)
-                if chain is not None:
-                    self._unembedding = [c.path for c in chain]
-                    return
+            chain = value_chain(calls, end * scale, done, since)
+            if chain is not None:
+                self._unembedding = [c.path for c in chain]
+                self._scale, self._cap = scale, bound
+                return
 
 
 def _is_peft(model: nn.Module) -> bool:
@@ -323,23 +320,3 @@ def _hidden_states(output: Any, prefix: str) -> tuple[Tensor, ...] | None:
     if prefix == "decoder.":
         return getattr(output, "decoder_hidden_states", None)
     return getattr(output, "hidden_states", None)
-
-
-def raw_sites(calls: Sequence[Call], stacks: Sequence[Stack]) -> dict[str, Site]:
-    """A site for the output of every module that ran, under its own path."""
-    counts: dict[str, int] = {}
-    for call in calls:
-        counts[call.path] = counts.get(call.path, 0) + 1
-    blocks = [(b.path, i) for stack in stacks for i, b in enumerate(stack.blocks)]
-    sites = {}
-    for call in calls:
-        block, layer = next(((p, i) for p, i in blocks if f"{call.path}.".startswith(p + ".")), ("", None))
-        if call.y is None:
-            site = Site(call.path, call.path, 0, layer, False, "its output is not (batch, pos, width)")
-        else:
-            rows = block if call.y_flat else ""
-            site = Site(call.path, call.path, call.y.shape[-1], layer, rows=rows, volatile=call.y_volatile)
-        if counts[call.path] > 1:
-            site = refuse(site, f"it runs {counts[call.path]} times in a forward pass")
-        sites[call.path] = site
-    return sites

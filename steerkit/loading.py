@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from steerkit.errors import CheckpointError, InputError
+from steerkit.lens import is_transformer_lens
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,8 @@ def _load_model(name: str, place: str, dtype: Any, revision: str | None, device_
         if Path(place).is_dir():
             raise InputError(f"{name} can't be loaded: {_first_line(error)}") from error
         raise InputError(
-            f"Unknown model {name!r}: no such directory, and not a Hugging Face model that is cached here or can be reached."
-            f" Use 'storyworld', a directory, or download it first. ({_first_line(error)})"
+            f"Unknown model {name!r}: no such directory, and no Hugging Face model that is cached or can be "
+            f"reached. Use 'storyworld', a directory, or download it first. ({_first_line(error)})"
         ) from error
     missing = [key for key in info["missing_keys"] if "pooler" not in key]
     if missing or info["mismatched_keys"]:
@@ -174,15 +175,20 @@ def _load_adapter(name: str, path: Path, tokenizer: Any, device: Any, dtype: Any
         revision=config.revision,
         device_map=device_map,
     )
-    model = peft.PeftModel.from_pretrained(base.model, str(path)).eval()  # type: ignore[arg-type]
+    model = peft.PeftModel.from_pretrained(base.model, str(path)).eval()
     return Loaded(model, base.tokenizer, name, base.revision, base.has_lm_head)
 
 
 def _loaded_module(model: nn.Module, tokenizer: Any, device: Any, dtype: Any) -> Loaded:
     while hasattr(model, "_orig_mod"):
-        model = model._orig_mod
-    if device is not None or dtype is not None:
-        model = model.to(device=device, dtype=dtype)
+        model = cast(nn.Module, model._orig_mod)
+    for target in (device, dtype):
+        if target is not None:
+            model = model.to(target)
+    if is_transformer_lens(model):
+        tokenizer = tokenizer if tokenizer is not None else model.tokenizer
+        name = getattr(model.cfg, "model_name", None) or type(model).__name__
+        return Loaded(model, tokenizer, name)
     config: Any = getattr(model, "config", None)
     origin = getattr(config, "_name_or_path", "") or ""
     if tokenizer is None and origin:
@@ -197,7 +203,7 @@ def _loaded_module(model: nn.Module, tokenizer: Any, device: Any, dtype: Any) ->
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers without its progress bars and loading reports: what matters in them is raised as an error here."""
+    """transformers without progress bars and loading reports: what matters in them is raised here."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,17 +1,18 @@
 """HookedModel: one face over Hugging Face, PEFT and TransformerLens models.
 
-    model = HookedModel.from_pretrained("storyworld")              # an id, a directory, or a model that is already loaded
-    acts = model.run(input_ids, sites=["blocks.2.hook_resid_post"])
-    with model.hooks({"blocks.2.hook_resid_post": lambda act: act + vector}):
+    model = HookedModel.from_pretrained("storyworld")        # an id, a directory, or a model that is
+    already loaded acts = model.run(input_ids, sites=["blocks.2.hook_resid_post"]) with
+    model.hooks({"blocks.2.hook_resid_post": lambda act: act + vector}):
         model.generate("The fox")
 
-Hooks are plain torch hooks on the model's own modules (`steerkit.sites` says which). A hook function gets the activation
-(batch, pos, width) and returns its replacement, or None to leave it. Outside of the contexts nothing remains: no hooks, the
-same `state_dict`, the same training flags. Hooks act only on forwards of the thread that opened them, so that a forward that
-runs beside in another thread is neither stopped nor steered.
+Hooks are plain torch hooks on the model's own modules (`steerkit.sites` says which). A hook function gets the
+activation (batch, pos, width) and returns its replacement, or None to leave it. Outside of the contexts
+nothing remains: no hooks, the same `state_dict`, the same training flags. Hooks act only on forwards of the
+thread that opened them, so that a forward that runs beside in another thread is neither stopped nor
+steered.
 
-Under gradient checkpointing a hook function runs again when the backward pass recomputes its block: it must depend on its
-argument alone. `torch.compile`d models run uncompiled while hooks are open.
+Under gradient checkpointing a hook function runs again when the backward pass recomputes its block: it must
+depend on its argument alone. `torch.compile`d models run uncompiled while hooks are open.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from steerkit.activations import Activations, collect
 from steerkit.backends import HuggingFaceBackend
 from steerkit.errors import InputError, SiteError, did_you_mean
+from steerkit.lens import TransformerLensBackend, is_transformer_lens
 from steerkit.loading import Loaded, load
 from steerkit.sites import ALIASES, ActivationHook, Site, attach
 
@@ -40,8 +43,37 @@ class HookedModel:
         self.model: nn.Module = loaded.model
         self.tokenizer = loaded.tokenizer
         self.special_ids = _special_ids(self.tokenizer)
-        self._backend = HuggingFaceBackend(self.model, special_ids=self.special_ids, head=loaded.has_lm_head)
-        self.sites: dict[str, Site] = self._backend.sites
+        self._backend: HuggingFaceBackend | TransformerLensBackend
+        if is_transformer_lens(self.model):
+            self._backend = TransformerLensBackend(self.model, special_ids=self.special_ids)
+        elif hasattr(self.model, "base_model"):
+            self._backend = HuggingFaceBackend(
+                self.model, special_ids=self.special_ids, head=loaded.has_lm_head
+            )
+        else:
+            raise InputError(
+                f"{type(self.model).__name__} is no model that steerkit knows: give a PreTrainedModel, "
+                "a PeftModel, a TransformerBridge or a HookedTransformer."
+            )
+        backend = self._backend
+        self.sites: dict[str, Site] = backend.sites
+        """Every named site, also the refused ones (`verified=False`, with the reason)."""
+        self.n_layers: int = backend.n_layers
+        """Blocks of the (first) stack: the encoder's for a model with two."""
+        self.d_model: int = backend.d_model
+        self.d_vocab: int = backend.d_vocab
+        self.n_heads: int = backend.n_heads
+        limit = getattr(self.tokenizer, "model_max_length", None) or backend.context
+        self.context: int = int(min(backend.context, limit))
+        """The most tokens in a row, special ones included."""
+        self.is_causal: bool = backend.is_causal
+        """Whether a position depends on earlier ones only; False for encoders and encoder-decoders."""
+        self.has_lm_head: bool = backend.has_lm_head
+        self.bos_id: int | None = getattr(self.tokenizer, "bos_token_id", None)
+        names = ("pad_token_id", "eos_token_id", "unk_token_id", "bos_token_id")
+        pads = [*(getattr(self.tokenizer, name, None) for name in names), *backend.pad_candidates, 0]
+        self.pad_id: int = next(i for i in pads if isinstance(i, int) and 0 <= i < self.d_vocab)
+        """What rows are filled up with, always masked: the pad token, or another that does no harm."""
 
     @classmethod
     def from_pretrained(
@@ -54,12 +86,13 @@ class HookedModel:
         revision: str | None = None,
         device_map: Any = None,
     ) -> HookedModel:
-        """Wrap `source`: 'storyworld', a Hugging Face id, a directory (of a model or a PEFT adapter), or a loaded
-        PreTrainedModel, PeftModel, TransformerBridge or HookedTransformer.
+        """Wrap `source`: 'storyworld', a Hugging Face id, a directory (of a model or a PEFT adapter), or a
+        loaded PreTrainedModel, PeftModel, TransformerBridge or HookedTransformer.
 
-        `tokenizer` is an object or the name of one; without it the model's own is used. `dtype` None keeps the
-        checkpoint's, `device` None means CUDA if there is one (a loaded model stays where it is). Weights are read from
-        safetensors only. Raises InputError when there is no such model, CheckpointError when its weights are incomplete.
+        `tokenizer` is an object or the name of one; without it the model's own is used. `dtype` None keeps
+        the checkpoint's, `device` None means CUDA if there is one (a loaded model stays where it is).
+        Weights are read from safetensors only. Raises InputError when there is no such model,
+        CheckpointError when its weights are incomplete.
         """
         return cls(
             load(
@@ -74,68 +107,23 @@ class HookedModel:
 
     def __repr__(self) -> str:
         return (
-            f"HookedModel({self.name!r}, {type(self.model).__name__}, {self.n_layers} layers, d_model {self.d_model}, "
-            f"{self.dtype}, {self.device})"
+            f"HookedModel({self.name!r}, {type(self.model).__name__}, {self.n_layers} layers, "
+            f"d_model {self.d_model}, {self.dtype}, {self.device})"
         )
-
-    # sizes
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go; the activations of a model split over devices stay on the device of their layer."""
+        """Where inputs go. The activations of a model split over devices stay where their layer is."""
         return self._backend.device
 
     @property
     def dtype(self) -> torch.dtype:
         return self._backend.dtype
 
-    @property
-    def n_layers(self) -> int:
-        """Blocks of the (first) stack: the encoder's for a model with two."""
-        return self._backend.n_layers
-
-    @property
-    def d_model(self) -> int:
-        return self._backend.d_model
-
-    @property
-    def d_vocab(self) -> int:
-        return self._backend.d_vocab
-
-    @property
-    def n_heads(self) -> int:
-        return self._backend.n_heads
-
-    @property
-    def context(self) -> int:
-        """The most tokens in a row, special ones included."""
-        limit = getattr(self.tokenizer, "model_max_length", None) or self._backend.context
-        return int(min(self._backend.context, limit))
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether a position depends on earlier ones only (measured); False for encoders and encoder-decoders."""
-        return self._backend.is_causal
-
-    @property
-    def has_lm_head(self) -> bool:
-        return self._backend.has_lm_head
-
-    @property
-    def bos_id(self) -> int | None:
-        return getattr(self.tokenizer, "bos_token_id", None)
-
-    @property
-    def pad_id(self) -> int:
-        """What rows are filled up with, always masked: the pad token, or another that does no harm."""
-        names = ("pad_token_id", "eos_token_id", "unk_token_id", "bos_token_id")
-        options = [*(getattr(self.tokenizer, name, None) for name in names), *self._backend.pad_candidates, 0]
-        return next(i for i in options if isinstance(i, int) and 0 <= i < self.d_vocab)
-
     # sites
 
     def site(self, name: str) -> Site:
-        """The site of that name, an alias, or a module's path. SiteError if there is none, or why it is refused."""
+        """The site of that name, alias or module path. SiteError says why there is none."""
         site = self._find_site(name)
         if site is None:
             raise SiteError(f"Site {name!r} does not exist: {self._what_exists(name)}")
@@ -152,9 +140,11 @@ class HookedModel:
 
     def _what_exists(self, name: str) -> str:
         layers = sorted({s.layer for s in self.sites.values() if s.layer is not None})
+        if not name:
+            return "the name is empty."
         near = did_you_mean(name, [*self.sites, *self._backend.raw])
         try:
-            module = bool(name) and self.model.get_submodule(name) is not None
+            module = self.model.get_submodule(name) is not None
         except AttributeError:
             module = False
         if module:
@@ -165,10 +155,10 @@ class HookedModel:
 
     @contextmanager
     def hooks(self, functions: Mapping[str, ActivationHook]) -> Iterator[None]:
-        """Apply each function at its site in every forward inside the context; contexts nest, the inner one acting last.
+        """Apply each function at its site in every forward inside; contexts nest, the inner one acting last.
 
-        A function gets (batch, pos, width) and returns a replacement or None. With `generate` and its cache it is called
-        with the whole prompt first, then with one position a step.
+        A function gets (batch, pos, width) and returns a replacement or None. With `generate` and its cache
+        it is called with the whole prompt first, then with one position a step.
         """
         hooks = _Hooks(self.model, [(self.site(name), fn) for name, fn in functions.items()])
         with hooks.open():
@@ -182,10 +172,10 @@ class HookedModel:
         sites: Sequence[str],
         stop: bool = True,
     ) -> dict[str, Float[Tensor, "batch pos width"]]:
-        """The activations at `sites`. The forward ends as soon as the last of them is there, unless `stop` is False.
+        """The activations at `sites`. With `stop` the forward ends as soon as the last of them is there.
 
-        Gradients flow if they are enabled: wrap in `torch.no_grad()` or `torch.inference_mode()` for plain reading. The
-        decoder of an encoder-decoder model reads the same text, shifted by one.
+        Gradients flow if they are enabled: wrap in `torch.no_grad()` or `torch.inference_mode()` for plain
+        reading. The decoder of an encoder-decoder model reads the same text, shifted by one.
         """
         wanted = {name: self.site(name) for name in dict.fromkeys(sites)}
         ids, mask = self._checked(input_ids, attention_mask)
@@ -214,10 +204,8 @@ class HookedModel:
             raise SiteError(f"Site {missing!r} was not reached by the forward pass of {self.name}.")
         return {name: store[name] for name in wanted}
 
-    def activations(self, texts: Any, sites: Sequence[str], **tokenization: Any) -> Any:
-        """Activations of texts, pads and special tokens dropped, with token ids and positions: `activations.collect`."""
-        from steerkit.activations import collect
-
+    def activations(self, texts: Any, sites: Sequence[str], **tokenization: Any) -> Activations:
+        """Activations of texts, without pads and special tokens, with ids and positions: see `collect`."""
         return collect(self, texts, sites, **tokenization)
 
     # outputs
@@ -225,7 +213,7 @@ class HookedModel:
     def logits(
         self, input_ids: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Next-token logits (masked-token logits for an encoder). InputError when the model has no LM head."""
+        """Next-token logits (masked-token logits for an encoder). InputError without an LM head."""
         self._need_head()
         return self._backend.logits(*self._checked(input_ids, attention_mask))
 
@@ -247,7 +235,7 @@ class HookedModel:
         return self._backend.unembed(resid)
 
     def generate(self, prompt: str | Sequence[str], max_new_tokens: int = 40, **options: Any) -> Any:
-        """Continue a prompt, or each of several: the new text only. `options` go to the model's own `generate`."""
+        """Continue a prompt, or each of several: the new text only. `options` go to the model's own."""
         self._need_head()
         if self.tokenizer is None:
             raise InputError(f"{self.name} has no tokenizer: pass one to from_pretrained(…, tokenizer=…).")
@@ -256,7 +244,8 @@ class HookedModel:
         longest = max(map(len, rows))
         if self.is_causal and longest + max_new_tokens > self.context:
             raise InputError(
-                f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {self.name} ({self.context})."
+                f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
+                f"{self.name} ({self.context})."
             )
         ids = torch.tensor([[self.pad_id] * (longest - len(row)) + row for row in rows], device=self.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
@@ -277,11 +266,13 @@ class HookedModel:
         return ids
 
     def randomized(self, seed: int = 0) -> HookedModel:
-        """The same architecture and tokenizer with freshly initialised weights: the baseline of what training did."""
+        """The same architecture and tokenizer with fresh weights: the baseline for what training did."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self._backend.fresh()
-        model = model.to(device=self.device, dtype=self.dtype).eval()
+        if (next(model.parameters()).device, next(model.parameters()).dtype) != (self.device, self.dtype):
+            model = model.to(device=self.device, dtype=self.dtype)
+        model.eval()
         name = f"{self.name} (random weights, seed {seed})"
         return HookedModel(Loaded(model, self.tokenizer, name, self.revision, self.has_lm_head))
 
@@ -299,7 +290,7 @@ class HookedModel:
             )
         if ids.shape[1] > self.context:
             raise InputError(f"{ids.shape[1]} tokens exceed the context of {self.name} ({self.context}).")
-        if ids.device.type == "cpu" and not (0 <= int(ids.min()) and int(ids.max()) < self.d_vocab):
+        if ids.device.type == "cpu" and not (int(ids.min()) >= 0 and int(ids.max()) < self.d_vocab):
             raise InputError(f"A token id lies outside the vocabulary of {self.name} (0–{self.d_vocab - 1}).")
         if mask is not None:
             if mask.shape != ids.shape:
@@ -309,11 +300,11 @@ class HookedModel:
 
 
 class _Stop(BaseException):
-    """Ends a forward that has given all it was run for. Not an Exception, so that no handler in a model swallows it."""
+    """Ends a forward that has given what it was run for. Not an Exception, lest a model's handler swallow it."""
 
 
 class _Hooks:
-    """Functions at sites, attached while open, in the thread that opened them and in recomputations on its behalf."""
+    """Functions at sites, attached while open, for the thread that opened them and for recomputation."""
 
     def __init__(
         self, model: nn.Module, functions: Sequence[tuple[Site, ActivationHook]], keep: bool = False
@@ -359,9 +350,9 @@ class _Hooks:
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
-        """Let checkpointed blocks be recomputed with these hooks, also when backward runs after the context has closed."""
+        """Let checkpointed blocks be recomputed with these hooks, also after this has closed."""
 
-        def wrap(checkpoint: Callable) -> Callable:
+        def wrap(checkpoint: Any) -> Any:
             def checkpointed(fn: Callable, *args: Any, **kwargs: Any) -> Any:
                 def hooked(*inner: Any, **options: Any) -> Any:
                     with self.attached():
@@ -372,7 +363,7 @@ class _Hooks:
             return checkpointed
 
         patched = [m for m in self.model.modules() if "_gradient_checkpointing_func" in vars(m)]
-        originals = [vars(m)["_gradient_checkpointing_func"] for m in patched]
+        originals: list[Any] = [vars(m)["_gradient_checkpointing_func"] for m in patched]
         try:
             for module, original in zip(patched, originals):
                 module._gradient_checkpointing_func = wrap(original)
@@ -384,8 +375,8 @@ class _Hooks:
 
 def _is_compiled(model: nn.Module, path: str) -> bool:
     """Whether the module at `path`, or one around it, is compiled: compiled code does not see new hooks."""
-    module = model
-    for name in ["", *path.split(".")] if path else [""]:
+    module: Any = model
+    for name in ["", *path.split(".")]:
         module = module.get_submodule(name)
         if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
             return True

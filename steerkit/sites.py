@@ -1,32 +1,35 @@
 """Hook sites: TransformerLens's names found in any Hugging Face model by its structure, and checked.
 
     blocks.i.hook_resid_pre     what enters block i                             (batch, pos, d_model)
-    blocks.i.hook_attn_out      what attention adds to the residual stream (after a post-norm, where there is one)
-    blocks.i.hook_resid_mid     what enters the MLP half of the block
-    blocks.i.hook_mlp_out       what the MLP adds to the residual stream (after a post-norm, where there is one)
+    blocks.i.hook_attn_out      what attention adds to the residual stream, after a post-norm if there is one
+    blocks.i.hook_resid_mid     what enters the MLP's half of the block
+    blocks.i.hook_mlp_out       what the MLP adds to the residual stream, after a post-norm if there is one
     blocks.i.hook_resid_post    what leaves block i
-    blocks.i.attn.hook_z        the heads' outputs, flat: the input of the attention's output projection
+    blocks.i.attn.hook_z        the heads' outputs, flat: the input of attention's output projection
     blocks.i.mlp.hook_post      the neurons: the input of the MLP's output projection
-    hook_embed, ln_final        token embeddings (before positions are added); the stream after the final norm
+    hook_embed, ln_final        token embeddings (no positions yet); the stream after the final norm
 
-No family is known by name. A short probe runs once with every module recorded, and the sites are the tensors that obey
-the algebra of a transformer block, bit for bit in the model's own arithmetic:
+No family is known by name. A short probe runs with every module recorded, and the sites are the tensors that
+obey the algebra of a transformer block, bit for bit in the model's own arithmetic:
 
     sequential (GPT-2, Llama, Gemma)    mid = pre + attn_out,        post = mid + mlp_out
     parallel (NeoX, Phi)                post = pre + attn_out + mlp_out            (there is no mid)
-    post-norm encoders (BERT)           mid = LN(pre + attn_out),    post = LN(mid + mlp_out)
-    with cross-attention (T5 decoder)   mid = pre + attn_out,   mid_cross = mid + cross_attn_out,   post = mid_cross + mlp_out
+    post-norm (BERT)                    mid = LN(pre + attn_out),    post = LN(mid + mlp_out)
+    cross-attention (T5's decoder)      mid = pre + attn_out,        mid_cross = mid + cross_attn_out,
+                                        post = mid_cross + mlp_out
 
-    output_projection(hook_z) and down_projection(hook_post) give attn_out and mlp_out, through a post-norm if there is one.
+    output_projection(hook_z) and down_projection(hook_post) give attn_out and mlp_out, or what a post-norm
+    turns into them.
 
-A second probe writes noise at every site and checks that the model computes on with what was written. What fails is
-listed with `verified=False` and a reason, and is refused when asked for.
+A second probe writes noise at every site and checks that the model computes on with what was written. What
+fails is listed with `verified=False` and a reason, and is refused when asked for.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -152,7 +155,7 @@ def output_tensor(output: Any) -> Tensor | None:
 
 
 def trace(model: nn.Module, shape: tuple[int, int], forward: Callable[[], Any]) -> tuple[list[Call], Any]:
-    """Run `forward` and record every module call whose first tensors are (batch, pos, width) or (batch * pos, width)."""
+    """Run `forward` and record every module's calls, as far as they take or give (batch, pos, width)."""
     calls: list[Call] = []
     open_calls: dict[nn.Module, list[Call]] = {}
     watched: list[tuple[Call, str, Tensor, int]] = []
@@ -167,6 +170,8 @@ def trace(model: nn.Module, shape: tuple[int, int], forward: Callable[[], Any]) 
             value, flat = value.view(*shape, -1), True
         else:
             flat = False
+        if value.dim() == 4:  # TransformerLens keeps the heads apart
+            value = value.flatten(2)
         if value.dim() == 3 and value.shape[:2] == shape:
             setattr(call, side, value)
             setattr(call, f"{side}_flat", flat)
@@ -209,7 +214,7 @@ class Stack:
 
 
 def find_stacks(model: nn.Module, calls: Sequence[Call]) -> list[Stack]:
-    """The module lists whose members hand the hidden state on to each other, longest first or encoder before decoder."""
+    """The module list whose members hand the hidden state on to each other; or encoder's and decoder's."""
     once = called_once(calls)
     chains: dict[str, list[Call]] = {}
     for path, module in model.named_modules():
@@ -221,7 +226,7 @@ def find_stacks(model: nn.Module, calls: Sequence[Call]) -> list[Stack]:
         shaped = len(blocks) == len(module) and all(
             b.x is not None and b.y is not None and b.x.shape == b.y.shape for b in blocks
         )
-        if shaped and all(torch.equal(a.y, b.x) for a, b in zip(blocks, blocks[1:])):  # type: ignore[arg-type]
+        if shaped and all(torch.equal(a.y, b.x) for a, b in itertools.pairwise(blocks)):  # type: ignore[arg-type]
             chains[path] = blocks
     found = sorted(chains.values(), key=len, reverse=True)
     names = {
@@ -247,7 +252,7 @@ def called_once(calls: Sequence[Call]) -> dict[str, Call]:
 
 
 def same(lhs: Tensor | None, rhs: Tensor | None, part: Tensor | None = None) -> bool:
-    """Equal, bit for bit; or to rounding in float32 when `part`, the summand at issue, stands far above rounding."""
+    """Equal, bit for bit; or to rounding in float32, if `part`, the summand at issue, stands far above it."""
     if lhs is None or rhs is None or lhs.shape != rhs.shape:
         return False
     if torch.equal(lhs, rhs):
@@ -260,10 +265,10 @@ def same(lhs: Tensor | None, rhs: Tensor | None, part: Tensor | None = None) -> 
 
 def is_projection(module: nn.Module) -> bool:
     """A linear map: nn.Linear, GPT-2's Conv1D, their quantised kin, or a PEFT layer around one."""
-    if isinstance(module, (nn.Linear,)) or type(module).__name__ == "Conv1D":
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
         return True
     if hasattr(module, "base_layer"):
-        return is_projection(module.base_layer)
+        return isinstance(module.base_layer, nn.Module) and is_projection(module.base_layer)
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
@@ -295,13 +300,13 @@ class Block:
     call: Call
     sites: dict[str, Found]
     sums: list[tuple[str, str, Call | None]]
-    """(stream, addend, call whose input is their sum, or None when the sum is the block's output), in order."""
+    """(stream, addend, call whose input is their sum; None if the sum is the block's output), in order."""
     parallel: bool = False
 
 
 def analyse_block(model: nn.Module, block: Call, calls: Sequence[Call]) -> Block:
     """Find a block's sites among the calls inside it, by algebra alone."""
-    inside = [c for c in called_once([c for c in calls if c.path.startswith(block.path + ".")]).values()]
+    inside = list(called_once([c for c in calls if c.path.startswith(block.path + ".")]).values())
     attentions: list[str] = []
     for path in sorted((c.path for c in inside), key=lambda p: p.count(".")):
         if takes_mask(model.get_submodule(path)) and not any(path.startswith(a + ".") for a in attentions):
@@ -373,7 +378,7 @@ def _under(path: str, parents: Sequence[str]) -> bool:
 def _last_projection(
     model: nn.Module, calls: Sequence[Call], block: Call, under: Sequence[str]
 ) -> Call | None:
-    """The last linear map that gives the stream's width, not counting those inside another (PEFT's base layers)."""
+    """The last linear map that gives the stream's width, not counting those inside another (PEFT's)."""
     found = None
     for call in calls:
         if call.x is None or call.y is None or call.y.shape != block.x.shape or not _under(call.path, under):  # type: ignore[union-attr]
@@ -388,8 +393,9 @@ def _last_projection(
 
 
 def _add(inside: Sequence[Call], stream: Tensor | None, out: Call | None) -> tuple[Call, Call] | None:
-    """The last module output `a`, from `out` on, such that some later module's input is stream + a; and that module."""
-    assert stream is not None and out is not None
+    """The last output `a`, from `out` on, such that a later module's input is stream + a; and that module."""
+    assert stream is not None
+    assert out is not None
     late = [c for c in inside if c.end >= out.end and c.y is not None and c.y.shape == stream.shape]
     users = sorted((c for c in inside if c.x is not None and c.start > out.end), key=lambda c: c.start)
     for a in reversed(late):
@@ -403,8 +409,9 @@ def _add(inside: Sequence[Call], stream: Tensor | None, out: Call | None) -> tup
 def _mlp(
     block: Call, inside: Sequence[Call], stream: Tensor | None, since: Call | None
 ) -> tuple[Call, Call | None] | None:
-    """The last output m with post = stream + m (then None), or post = norm(stream + m) (then the norm's call)."""
-    assert stream is not None and since is not None
+    """The last output m with post = stream + m (then None), or post = norm(stream + m) (and the norm)."""
+    assert stream is not None
+    assert since is not None
     late = [c for c in inside if c.end > since.start and c.y is not None and c.y.shape == stream.shape]
     for m in reversed(late):
         total = stream + m.y  # type: ignore[operator]
@@ -419,7 +426,7 @@ def _mlp(
 def _parallel(
     block: Call, inside: Sequence[Call], out: Call | None, attentions: Sequence[str]
 ) -> tuple[Call, Call] | None:
-    """Outputs a of the attention and m of the rest with post = pre + a + m, in whichever order the model adds."""
+    """Outputs a of the attention and m of the rest with post = pre + a + m, in whichever order."""
     assert out is not None
     x = block.x
     whole = [c for c in inside if c.y is not None and c.y.shape == x.shape]  # type: ignore[union-attr]
@@ -487,6 +494,29 @@ def block_sites(stack: Stack, blocks: Sequence[Block]) -> dict[str, Site]:
     return sites
 
 
+def raw_sites(calls: Sequence[Call], blocks: Mapping[str, int]) -> dict[str, Site]:
+    """A site for the output of every module that ran, under its path; `blocks` gives the blocks' layers."""
+    counts: dict[str, int] = {}
+    for call in calls:
+        counts[call.path] = counts.get(call.path, 0) + 1
+    sites = {}
+    for call in calls:
+        if not call.path:
+            continue
+        block = next((path for path in blocks if f"{call.path}.".startswith(path + ".")), "")
+        layer = blocks.get(block)
+        if call.y is None:
+            reason = "its output is not (batch, pos, width)"
+            site = Site(call.path, call.path, 0, layer, verified=False, reason=reason)
+        else:
+            rows = block if call.y_flat else ""
+            site = Site(call.path, call.path, call.y.shape[-1], layer, rows=rows, volatile=call.y_volatile)
+        if counts[call.path] > 1:
+            site = refuse(site, f"it runs {counts[call.path]} times in a forward pass")
+        sites[call.path] = site
+    return sites
+
+
 def refuse(site: Site, reason: str) -> Site:
     """The site, listed but not given out."""
     return replace(site, verified=False, reason=reason)
@@ -504,7 +534,7 @@ def probe_ids(
 def attach(
     model: nn.Module, site: Site, fn: ActivationHook, *, keep: bool = False
 ) -> list[torch.utils.hooks.RemovableHandle]:
-    """Call `fn` on the site's activation in every forward, and put in its place what `fn` returns, unless that is None.
+    """Call `fn` on the site's activation in every forward; what it returns, if not None, takes its place.
 
     `keep` says that `fn` only keeps the tensor and is the last to see it; it is then not copied without need.
     """
@@ -523,7 +553,7 @@ def attach(
             return None
         if new.shape != act.shape:
             raise InputError(
-                f"The hook at {site.name} returned shape {tuple(new.shape)} for activations of {tuple(act.shape)}."
+                f"The hook at {site.name} gave {tuple(new.shape)} for activations of {tuple(act.shape)}."
             )
         new = new.to(device=tensor.device, dtype=tensor.dtype).reshape(tensor.shape)
         if not site.shared:
@@ -538,7 +568,7 @@ def attach(
             return None
         if isinstance(place, int):
             return (*args[:place], new, *args[place + 1 :]), kwargs
-        return args, {**kwargs, place: new}  # type: ignore[dict-item]
+        return args, {**kwargs, place: new}
 
     def outward(module: nn.Module, args: tuple, output: Any) -> Any:
         tensor = output if isinstance(output, Tensor) else output_tensor(output)
@@ -572,11 +602,11 @@ def failed_writes(
     prefix: str,
     forward: Callable[[], Any],
 ) -> dict[str, str]:
-    """Write noise at every site in one forward, and name the sites from which the model does not compute on."""
+    """Write noise at every site in one forward, and name the sites whose writes do not go through."""
     generator = torch.Generator().manual_seed(0)
     before: dict[str, Tensor] = {}
     after: dict[str, Tensor] = {}
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[tuple[str, str], Tensor] = {}
     handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def noisy(name: str) -> ActivationHook:
@@ -589,9 +619,15 @@ def failed_writes(
 
         return fn
 
-    def watch(path: str) -> Callable:
+    def noting(name: str) -> ActivationHook:
+        def fn(act: Tensor) -> None:
+            before[name] = act.cpu().clone()
+
+        return fn
+
+    def watch(what: str, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            inputs[path] = first_tensor(args, kwargs)[1].cpu().clone()  # type: ignore[union-attr]
+            inputs[what, name] = first_tensor(args, kwargs)[1].cpu().clone()  # type: ignore[union-attr]
 
         return hook
 
@@ -601,16 +637,19 @@ def failed_writes(
     ]
     try:
         for block in blocks:
-            for use in {use.path for *_, use in block.sums if use is not None}:
-                handles.append(
-                    model.get_submodule(use).register_forward_pre_hook(watch(use), with_kwargs=True)
-                )
+            for path in {use.path for *_, use in block.sums if use is not None}:
+                hook = watch("sum", path)
+                handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
+        for i in range(len(blocks)):  # a block's output is a witness even where it is refused as a site
+            post = sites[f"{prefix}blocks.{i}.hook_resid_post"]
+            if post.path and not post.verified:
+                handles.extend(attach(model, post, noting(post.name)))
         for name in (name for group in names for name in group):
             handles.extend(attach(model, sites[name], noisy(name)))
             if sites[name].side == "in":  # registered later, so it sees what the hook wrote
                 handles.append(
                     model.get_submodule(sites[name].path).register_forward_pre_hook(
-                        watch(name), with_kwargs=True
+                        watch("written", name), with_kwargs=True
                     )
                 )
         forward()
@@ -622,13 +661,18 @@ def failed_writes(
     for i, block in enumerate(blocks):
         at = f"{prefix}blocks.{i}."
         for name in names[i]:
-            if name in inputs and not same(inputs[name].reshape(after[name].shape), after[name]):
+            seen = inputs.get(("written", name))
+            if seen is not None and not same(seen.reshape(after[name].shape), after[name]):
                 bad[name] = "the module does not compute on with what is written here"
         for stream, addend, use in block.sums:
             if not {at + stream, at + addend} <= set(after):
                 continue
             total = after[at + stream] + after[at + addend]
-            seen = before[at + "hook_resid_post"] if use is None else inputs[use.path].reshape(total.shape)
+            seen = (
+                before.get(at + "hook_resid_post")
+                if use is None
+                else inputs["sum", use.path].reshape(total.shape)
+            )
             if not same(seen, total, after[at + addend]):
                 bad[at + stream] = bad[at + addend] = (
                     "what is written here does not reach the residual stream"
@@ -636,7 +680,8 @@ def failed_writes(
         if block.parallel:
             x, a, m = (after[at + k] for k in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out"))
             if not any(
-                same(before[at + "hook_resid_post"], t, a) for t in ((x + a) + m, (a + m) + x, (x + m) + a)
+                same(before.get(at + "hook_resid_post"), t, a)
+                for t in ((x + a) + m, (a + m) + x, (x + m) + a)
             ):
                 for kind in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out"):
                     bad[at + kind] = "what is written here does not reach the residual stream"
