@@ -211,13 +211,7 @@ class ActivationStream:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. Raises CheckpointError if the stream was made with other
         arguments."""
-        mine, theirs = self._made_with(), state["made_with"]
-        for key in mine:
-            if mine[key] != theirs.get(key):
-                raise CheckpointError(
-                    f"The checkpoint's stream was made with another {key} ({theirs.get(key)!r}, "
-                    f"here {mine[key]!r}): resume with the same settings."
-                )
+        require_same(self._made_with(), state["made_with"])
         self.close()
         self._block = None
         self._place = _Place(**state["place"])
@@ -367,3 +361,13 @@ class _Ahead(threading.Thread):
     def cancel(self) -> None:
         self._stop_asked.set()
         self.join()
+
+
+def require_same(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if a stream is resumed with other settings than it was made with."""
+    for key, value in here.items():
+        if there.get(key) != value:
+            raise CheckpointError(
+                f"The checkpoint's stream was made with another {key} ({there.get(key)!r}, here {value!r}): "
+                "resume with the same settings."
+            )

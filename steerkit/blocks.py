@@ -110,6 +110,10 @@ class Block:
         """The block's tokens row by row, as the text has them."""
         return self._take(np.argsort(self.row, kind="stable"))
 
+    def first(self, n: int) -> Block:
+        """At most `n` of the block's tokens."""
+        return self if len(self) <= n else self._take(np.arange(n))
+
     def _take(self, index: np.ndarray) -> Block:
         chosen = torch.from_numpy(index)
         return Block(

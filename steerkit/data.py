@@ -13,7 +13,7 @@ import hashlib
 import json
 import mmap
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -215,7 +215,7 @@ def _from_file(path: Path, text_column: str | None) -> Documents:
         texts = readers.get(path.suffix.lower(), _separated)(path, text_column)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
-    return Documents(texts, path.name, lambda: _file_sha256(path))
+    return Documents(texts, path.name, lambda: file_sha256(path))
 
 
 class _Lines(Sequence[str]):
@@ -383,14 +383,10 @@ def _sha256(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The sha256 (hex) of a file's bytes."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for chunk in _chunks(file):
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _chunks(file: Any, size: int = 1 << 20) -> Iterator[bytes]:
-    while chunk := file.read(size):
-        yield chunk
