@@ -1,6 +1,6 @@
 """Train the small transformer that ships with StoryWorld, or measure it.
 
-    python scripts/train_storyworld.py                     # train from the seed; an hour or so on 2 CPU cores
+    OMP_WAIT_POLICY=PASSIVE python scripts/train_storyworld.py     # an hour or so on 2 CPU cores
     python scripts/train_storyworld.py --resume            # go on after an interruption
     python scripts/train_storyworld.py --device cuda       # minutes on a GPU
     python scripts/train_storyworld.py --evaluate --json   # measure the shipped model
@@ -25,7 +25,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from steerkit import storyworld
-from steerkit.storyworld.quality import entropy, evaluate, teacher_forced
+from steerkit.storyworld.quality import entropy, evaluate, generate, teacher_forced
 from steerkit.storyworld.tokenizer import CONTEXT, build_tokenizer
 
 HELD_OUT_SEED = 1_000_003
@@ -67,7 +67,6 @@ def build_model(recipe: Recipe, tokenizer) -> LlamaForCausalLM:
         num_key_value_heads=recipe.n_heads,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=False,
-        attn_implementation="sdpa",
         **ids,
     )
     model = LlamaForCausalLM(config)
@@ -224,6 +223,31 @@ def measure(directory: Path, device: str, n_stories: int, as_json: bool) -> None
         print(json.dumps(figures))
 
 
+def write_samples(directory: Path, device: str, path: Path) -> None:
+    """Write a Markdown page: 20 stories of the model with the judge's remarks, 10 of the grammar."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = LlamaForCausalLM.from_pretrained(directory).to(device)
+    lines = [
+        "# StoryWorld: samples",
+        "",
+        "Written by `python scripts/train_storyworld.py --samples docs/storyworld_samples.md`, none picked.",
+        "",
+        "## Told by the model (temperature 1, from BOS)",
+        "",
+    ]
+    judge = storyworld.Judge()
+    for number, text in enumerate(generate(model, tokenizer, 20, seed=0), 1):
+        found = judge.judge(text)
+        remarks = [f"not a sentence of the language: {s.text}" for s in found.sentences if not s.grammatical]
+        remarks += found.violations + ["unfinished"] * bool(found.unfinished)
+        lines += [f"{number}. {text}", f"   *{'; '.join(remarks) or 'no remarks'}*", ""]
+    lines += ["## Told by the grammar", ""]
+    for number, story in enumerate(storyworld.sample(10, seed=0), 1):
+        labels = ", ".join(f"{name} {value}" for name, value in story.attributes.items())
+        lines += [f"{number}. {story.text}", f"   *{labels}*", ""]
+    path.write_text("\n".join(lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -242,11 +266,17 @@ def main() -> None:
     parser.add_argument(
         "--evaluate", action="store_true", help="measure the model in --out instead of training it"
     )
+    parser.add_argument(
+        "--samples", type=Path, help="write samples of the model in --out to this page instead"
+    )
     parser.add_argument("--stories", type=int, default=1000, help="stories to evaluate on")
     parser.add_argument(
         "--json", action="store_true", help="with --evaluate: the last line of stdout is one JSON object"
     )
     args = parser.parse_args()
+    if args.samples is not None:
+        write_samples(args.out, args.device, args.samples)
+        return
     if args.evaluate:
         measure(args.out, args.device, min(args.stories, 200) if args.quick else args.stories, args.json)
         return

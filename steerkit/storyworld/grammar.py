@@ -41,8 +41,8 @@ MALE_NAMES = _words(
 """Both lists run from common to rare; a name of rank r is told with a probability in proportion to 1/r."""
 
 OBJECTS = _words(
-    "ball book hat cup kite box lamp drum key coat doll bell flag ring basket bottle candle spoon ribbon mirror "
-    "blanket bucket hammer brush jar"
+    "ball book hat cup kite box lamp drum key coat doll bell flag ring basket bottle candle spoon ribbon "
+    "mirror blanket bucket hammer brush jar"
 )
 """From common to rare, like the names."""
 NEW_OBJECTS = ("whistle", "lantern", "puzzle", "trumpet", "pillow")

@@ -67,7 +67,7 @@ class Violation:
     word: str
 
     def __str__(self) -> str:
-        return f"{self.attribute}: {self.word!r} in sentence {self.sentence + 1} contradicts the rest of the story"
+        return f"{self.attribute}: {self.word!r} in sentence {self.sentence + 1} contradicts the rest"
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Judgement:
     """Attribute -> the one value that the text leaves possible; None if it leaves several, or contradicts
     itself."""
     consistent: bool
-    """No violations. Says nothing of ungrammatical sentences, which are not read."""
-    violations: tuple[Violation, ...]
+    """No contradictions. Says nothing of ungrammatical sentences, which are not read."""
+    contradictions: tuple[Violation, ...]
     claims: tuple[Claim, ...]
     evidence: dict[str, dict[str, int]] = field(repr=False)
     """Attribute -> value -> number of words that can only mean this value (claims are not counted)."""
@@ -91,6 +91,11 @@ class Judgement:
     """What stands after the last full stop."""
     complete: bool = False
     """Whether the sentences are a whole story in an order that the grammar can tell."""
+
+    @property
+    def violations(self) -> list[str]:
+        """The contradictions, in words."""
+        return [str(violation) for violation in self.contradictions]
 
     @property
     def grammatical_story(self) -> bool:
@@ -143,7 +148,7 @@ class Judge:
             grammatical=float(np.mean(counted)) if counted else float("nan"),
             attributes=attributes,
             consistent=not violations,
-            violations=tuple(violations),
+            contradictions=tuple(violations),
             claims=tuple(claims),
             evidence=reading.evidence,
             unfinished=unfinished,

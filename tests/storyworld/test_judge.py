@@ -57,7 +57,7 @@ def test_lies_without_a_cue_are_read_as_lies_and_as_a_contradiction():
         assert not found.consistent
         assert found.attributes["honesty"] == "liar"
         assert found.attributes["cue"] == "none"
-        assert {v.attribute for v in found.violations} == {"honesty"}
+        assert {v.attribute for v in found.contradictions} == {"honesty"}
 
 
 def test_judge_and_grammar_agree_on_what_is_a_story():
@@ -136,7 +136,7 @@ def test_a_sentence_must_agree_with_itself(good, bad):
         ("The ducks near the sunny park play. The duck plays in the sun.", "number"),
         ("The ducks near the sunny park play. The goats play in the sun.", "neighbour"),
         (
-            "On this Monday, Tom politely greets the ducks. In the sunny park, Tom rudely turns to the ducks.",
+            "On this Monday, he politely greets the ducks. In the sunny park, he rudely turns to the ducks.",
             "politeness",
         ),
         ('Tom never lies. Tom has a red ball. "The ball is blue," says Tom.', "honesty"),
@@ -148,9 +148,10 @@ def test_a_sentence_must_agree_with_itself(good, bad):
 def test_a_contradiction_is_found_and_named(text, attribute):
     found = Judge().judge(text)
     assert found.grammatical == 1.0
-    assert {v.attribute for v in found.violations} == {attribute}
+    assert {v.attribute for v in found.contradictions} == {attribute}
     assert not found.consistent
     assert attribute in ("honesty", "cue") or found.attributes[attribute] is None
+    assert all(violation.startswith(f"{attribute}: ") for violation in found.violations)
 
 
 def test_a_claim_is_no_evidence_for_the_fact():
