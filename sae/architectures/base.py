@@ -1,0 +1,229 @@
+"""What every sparse autoencoder is, and what an architecture adds.
+
+An architecture is a file: a frozen `Config` and an `SAE` subclass with
+
+    encode(x)                          latents f(x) >= 0, (…, d_sae)
+    loss(x, coefficient, dead)         the objective, plainly, for autograd: the definition
+    gradients(x, coefficient, dead)    the same objective with its gradients worked out by hand: what training runs
+
+where `coefficient` is the weight of the sparsity term (if there is one) and `dead` marks latents that have been silent for long. A
+test holds the two equal for every architecture. Activations are in training units: unit mean square per coordinate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from steerkit.errors import InputError
+
+
+@dataclass(frozen=True)
+class Config:
+    """What an architecture needs beside the width of the activations."""
+
+    d_sae: int
+    """Number of latents."""
+
+    name: ClassVar[str]
+    """The name on the command line and in files."""
+
+    def __post_init__(self) -> None:
+        if self.d_sae < 1:
+            raise InputError(f"d_sae is {self.d_sae}; an SAE needs at least one latent.")
+
+    def build(self, d_in: int) -> SAE:
+        """A freshly made SAE of this architecture for activations of width `d_in`."""
+        raise NotImplementedError
+
+    def learning_rate(self, d_in: int) -> float:
+        """Peak learning rate of Adam."""
+        return 5e-3
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self)}
+
+    def with_(self, **changes: Any) -> Config:
+        """A copy with other values."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Sparsity(Config):
+    """Config of the architectures whose sparsity is set by a penalty: by the L0 to reach, or by its coefficient."""
+
+    target_l0: float | None = 16.0
+    """Mean number of active latents a token that training steers to; None with a fixed coefficient."""
+    l1: float | None = None
+    """Fixed coefficient of the penalty, in training units; instead of `target_l0`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.l1 is not None and self.l1 < 0:
+            raise InputError(f"l1 is {self.l1}; a penalty's coefficient is 0 or more.")
+        if self.l1 is None and self.target_l0 is None:
+            raise InputError("Give target_l0, or l1 for a fixed coefficient.")
+        if self.target_l0 is not None and not 0 < self.target_l0 < self.d_sae:
+            raise InputError(f"target_l0 is {self.target_l0}; it lies between 0 and d_sae = {self.d_sae}.")
+
+
+    def first_coefficient(self, d_in: int) -> float:
+        """Where the controller of `target_l0` starts."""
+        return 0.1 * d_in**0.5
+
+    @property
+    def initial_density(self) -> float:
+        """Share of the latents that are active on a token before training: twice what is aimed at."""
+        return min(0.5, 2 * (self.target_l0 or 16.0) / self.d_sae)
+
+
+@dataclass
+class Step:
+    """What one batch gave: the mean loss a token, its parts, and which latents were active."""
+
+    loss: Tensor
+    """Mean over tokens of the whole objective, ()."""
+    mse: Tensor
+    """Mean over tokens of the squared error, summed over coordinates, ()."""
+    l0: Tensor
+    """Mean number of active latents a token, ()."""
+    counts: Float[Tensor, " d_sae"]
+    """On how many tokens of the batch each latent was active."""
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder: x ≈ decode(encode(x)). Trained and loaded ones act on raw activations.
+
+    `W_enc` is (d_in, d_sae), `W_dec` (d_sae, d_in), `b_dec` (d_in,), as in SAELens. `threshold` (d_sae,), where it is set, cuts off
+    activations that are not above it (`sae.prune`). `metadata` says what it was trained on and how.
+    """
+
+    W_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    threshold: Tensor | None
+
+    uses_penalty: ClassVar[bool] = False
+    """Whether the objective has a sparsity term whose coefficient is steered or set."""
+
+    def __init__(self, config: Config, d_in: int) -> None:
+        super().__init__()
+        self.config = config
+        self.d_in, self.d_sae = d_in, config.d_sae
+        self.W_enc = nn.Parameter(torch.zeros(d_in, self.d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(self.d_sae, d_in))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.register_buffer("threshold", None)
+        self.metadata: dict[str, Any] = {}
+
+    @property
+    def arch(self) -> str:
+        """The architecture's name."""
+        return self.config.name
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_dec.dtype
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Latents of activations; 0 where a latent is inactive."""
+        self._check_width(x)
+        latents = self._encode(x)
+        if self.threshold is not None:
+            latents = latents * (latents > self.threshold)
+        return latents
+
+    def _encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        raise NotImplementedError
+
+    def decode(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+        """The activations that latents stand for."""
+        return latents @ self.W_dec + self.b_dec
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """The reconstruction of `x`."""
+        return self.decode(self.encode(x))
+
+    def loss(self, x: Float[Tensor, "n d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]) -> Tensor:
+        """The objective, mean over tokens, for autograd."""
+        raise NotImplementedError
+
+    def gradients(self, x: Float[Tensor, "n d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]) -> Step:
+        """The objective's gradients, written into `.grad` of the parameters."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def initialise(
+        self, x: Float[Tensor, "n d_in"], mean: Float[Tensor, " d_in"], generator: torch.Generator
+    ) -> None:
+        """Random unit decoder rows, the encoder their transpose, the decoder bias at the activations' mean.
+
+        `x` is a first batch, for architectures that set their encoder bias by it.
+        """
+        rows = torch.randn(self.d_sae, self.d_in, generator=generator)
+        self.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
+        self.W_enc.copy_(self.W_dec.T)
+        self.b_dec.copy_(mean)
+
+    @torch.no_grad()
+    def upper_quantile(self, x: Float[Tensor, "n d_in"], share: float) -> Float[Tensor, " d_sae"]:
+        """What each latent's encoder product exceeds on the share `share` of the tokens `x`."""
+        keep = max(1, min(len(x), round(share * len(x))))
+        centred = x - self.b_dec
+        parts = [(centred @ self.W_enc[:, part]).topk(keep, dim=0).values[-1] for part in self.latent_chunks(1024)]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def remove_parallel_gradient(self) -> None:
+        """Take from the decoder's gradient what would only change the rows' norms."""
+        assert self.W_dec.grad is not None
+        along = torch.einsum("si,si->s", self.W_dec.grad, self.W_dec)
+        self.W_dec.grad.addcmul_(along[:, None], self.W_dec, value=-1)
+
+    @torch.no_grad()
+    def normalise_decoder(self) -> None:
+        """Decoder rows to unit norm."""
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min_(1e-8))
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        """Turn an SAE of `scale * x` into one of `x`. Latents stay what they were."""
+        self.W_enc.mul_(scale)
+        self.W_dec.div_(scale)
+        self.b_dec.div_(scale)
+
+    def latent_chunks(self, size: int = 4096) -> Iterator[slice]:
+        """Slices over the latents, for work that would need too much memory at once."""
+        return (slice(i, min(i + size, self.d_sae)) for i in range(0, self.d_sae, size))
+
+    def save(self, path: Any) -> None:
+        """Write `cfg.json` and `sae_weights.safetensors` in SAELens's layout into the directory `path`."""
+        from sae.formats import save
+
+        save(self, path)
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{f.name}={getattr(self.config, f.name)!r}" for f in fields(self.config))
+        site = f", site={self.metadata['site']!r}" if self.metadata.get("site") else ""
+        return f"{type(self).__name__}(d_in={self.d_in}, {settings}{site})"
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.shape[-1] != self.d_in:
+            raise InputError(
+                f"Activations of width {x.shape[-1]} do not fit this SAE of width {self.d_in}: "
+                "check that the model and the site are the ones it was trained on."
+            )
+
+
+def write_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Set `.grad`, in the parameter's dtype."""
+    parameter.grad = gradient.to(parameter.dtype)

@@ -1,0 +1,92 @@
+"""Gated sparse autoencoder.
+
+    π = (x - b_dec) W_enc                              one encoder product serves gate and magnitude
+    f = 1[π + b_gate > 0] · ReLU(exp(r_mag) π + b_mag),  x̂ = f W_dec + b_dec,  rows of W_dec of unit norm
+    loss = ‖x - x̂‖² + λ Σ ReLU(π + b_gate) + ‖x - (ReLU(π + b_gate) W̄_dec + b̄_dec)‖²           (W̄, b̄: no gradient)
+
+Rajamanoharan et al. 2024, https://arxiv.org/abs/2404.16014. The gate decides, unshrunk by the penalty, and the auxiliary term alone
+trains it. λ is steered to `target_l0` by default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from sae.architectures.base import SAE, Config, Sparsity, Step, write_gradient
+
+
+@dataclass(frozen=True)
+class Gated(Sparsity):
+    """A gate that says which latents are active, tied to the magnitudes that say how much."""
+
+    name: ClassVar[str] = "gated"
+
+    def build(self, d_in: int) -> SAE:
+        return GatedSAE(self, d_in)
+
+
+class GatedSAE(SAE):
+    """See the module."""
+
+    uses_penalty = True
+    r_mag: nn.Parameter
+    b_gate: nn.Parameter
+    b_mag: nn.Parameter
+
+    def __init__(self, config: Config, d_in: int) -> None:
+        super().__init__(config, d_in)
+        self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
+        self.b_gate = nn.Parameter(torch.zeros(self.d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
+
+    def _encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        product = (x - self.b_dec) @ self.W_enc
+        return torch.relu(self.r_mag.exp() * product + self.b_mag) * (product + self.b_gate > 0)
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, mean: Tensor, generator: torch.Generator) -> None:
+        super().initialise(x, mean, generator)
+        assert isinstance(self.config, Sparsity)
+        self.b_gate.copy_(-self.upper_quantile(x, self.config.initial_density))
+
+    def loss(self, x: Float[Tensor, "n d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]) -> Tensor:
+        gate = torch.relu((x - self.b_dec) @ self.W_enc + self.b_gate)
+        error = (self.decode(self._encode(x)) - x).square().sum(-1)
+        auxiliary = (gate @ self.W_dec.detach() + self.b_dec.detach() - x).square().sum(-1)
+        return (error + coefficient * gate.sum(-1) + auxiliary).mean()
+
+    @torch.no_grad()
+    def gradients(self, x: Float[Tensor, "n d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]) -> Step:
+        n, rate = len(x), self.r_mag.exp()
+        centred = x - self.b_dec
+        product = centred @ self.W_enc
+        gate = (product + self.b_gate).relu_()
+        open_ = gate > 0
+        latents = torch.addcmul(self.b_mag, product, rate).relu_().mul_(open_)
+        active = latents > 0
+        counts = active.sum(0, dtype=torch.float32)
+
+        error = torch.addmm(self.b_dec, latents, self.W_dec).sub_(x)
+        auxiliary = torch.addmm(self.b_dec, gate, self.W_dec).sub_(x)
+        mse = error.square().sum() / n
+        loss = mse + coefficient * gate.sum() / n + auxiliary.square().sum() / n
+        error.mul_(2 / n)
+        auxiliary.mul_(2 / n)
+
+        write_gradient(self.W_dec, latents.T @ error)
+        magnitude = torch.mm(error, self.W_dec.T, out=latents).mul_(active)
+        upstream = torch.mm(auxiliary, self.W_dec.T, out=gate).add_(coefficient / n).mul_(open_)
+        gate_bias = upstream.sum(0)
+        write_gradient(self.b_gate, gate_bias)
+        write_gradient(self.b_mag, magnitude.sum(0))
+        upstream.addcmul_(magnitude, rate)
+        write_gradient(self.r_mag, product.mul_(magnitude).sum(0).mul_(rate))
+        bias = upstream.sum(0)
+        write_gradient(self.W_enc, centred.T @ upstream)
+        write_gradient(self.b_dec, error.sum(0) - self.W_enc @ bias)
+        return Step(loss, mse, counts.sum() / n, counts)

@@ -1,0 +1,84 @@
+"""L1 sparse autoencoder.
+
+    f = ReLU((x - b_dec) W_enc + b_enc),  x̂ = f W_dec + b_dec,  rows of W_dec of unit norm
+    loss = ‖x - x̂‖² + λ Σ_i f_i
+
+Bricken et al. 2023, https://transformer-circuits.pub/2023/monosemantic-features; Cunningham et al. 2023,
+https://arxiv.org/abs/2309.08600. λ is steered to `target_l0` by default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from sae.architectures.base import SAE, Config, Sparsity, Step, write_gradient
+
+
+@dataclass(frozen=True)
+class L1(Sparsity):
+    """A ReLU encoder under an L1 penalty."""
+
+    name: ClassVar[str] = "l1"
+
+    def build(self, d_in: int) -> SAE:
+        return ReLUSAE(self, d_in)
+
+
+class ReLUSAE(SAE):
+    """ReLU encoder, unit decoder rows, and a penalty Σ φ(f_i); φ(f) = f here."""
+
+    uses_penalty = True
+    b_enc: nn.Parameter
+
+    def __init__(self, config: Config, d_in: int) -> None:
+        super().__init__(config, d_in)
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+
+    def _encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        return torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, mean: Tensor, generator: torch.Generator) -> None:
+        super().initialise(x, mean, generator)
+        assert isinstance(self.config, Sparsity)
+        self.b_enc.copy_(-self.upper_quantile(x, self.config.initial_density))
+
+    def penalty(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """φ(f)."""
+        return latents
+
+    def add_penalty_slope_(self, gradient: Tensor, latents: Tensor, weight: float) -> None:
+        """gradient += weight · φ'(f), in place; inactive latents are masked afterwards."""
+        gradient.add_(weight)
+
+    def loss(self, x: Float[Tensor, "n d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]) -> Tensor:
+        latents = self._encode(x)
+        error = (self.decode(latents) - x).square().sum(-1)
+        return (error + coefficient * self.penalty(latents).sum(-1)).mean()
+
+    @torch.no_grad()
+    def gradients(self, x: Float[Tensor, "n d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]) -> Step:
+        n = len(x)
+        centred = x - self.b_dec
+        latents = torch.addmm(self.b_enc, centred, self.W_enc).relu_()
+        error = torch.addmm(self.b_dec, latents, self.W_dec).sub_(x)
+        mse = error.square().sum() / n
+        active = latents > 0
+        penalty = self.penalty(latents).sum() / n if coefficient else mse.new_zeros(())
+        counts = active.sum(0, dtype=torch.float32)
+
+        error.mul_(2 / n)
+        upstream = error @ self.W_dec.T
+        self.add_penalty_slope_(upstream, latents, coefficient / n)
+        upstream.mul_(active)
+        bias = upstream.sum(0)
+        write_gradient(self.W_dec, latents.T @ error)
+        write_gradient(self.W_enc, centred.T @ upstream)
+        write_gradient(self.b_enc, bias)
+        write_gradient(self.b_dec, error.sum(0) - self.W_enc @ bias)
+        return Step(mse + coefficient * penalty, mse, counts.sum() / n, counts)

@@ -1,0 +1,353 @@
+"""Training sparse autoencoders on a model's activations.
+
+    run = sae.train(model, data, site="blocks.2.hook_resid_post", arch=sae.Gated(d_sae=1024), tokens=2_000_000, out="runs/g")
+    run.sae.encode(acts);  run.summary["fvu"]
+
+`train` makes a run directory; `Trainer` is the loop's content – one SAE, its optimiser, schedules and counts – and takes batches of
+activations from anywhere. Training happens in normalised units: activations times `scale`, so that their mean squared norm is d_in;
+the scale is folded into the weights that are saved, which act on raw activations.
+
+A run that is killed and resumed ends with the very same weights, bit by bit (on a CPU, with the same number of threads): a checkpoint
+holds parameters, moments, controller, counts and the stream's place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.architectures import SAE, Config, Sparsity
+from sae.checkpoint import Checkpoints
+from sae.schedule import TargetL0, learning_rate_factor
+from steerkit.activations import ActivationStream, Statistics, Tokenization
+from steerkit.data import Documents, load_documents, split_held_out
+from steerkit.errors import InputError, NumericsError, did_you_mean
+from steerkit.models import HookedModel
+from steerkit.runs import Run, make_provenance, peak_memory_mb, progress
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of the training loop. The defaults serve runs from a million tokens up."""
+
+    seed: int = 0
+    """Sets initial weights and the order of the data."""
+    batch_size: int = 2048
+    """Tokens a step."""
+    lr: float | None = None
+    """Peak learning rate of Adam; by default the architecture's."""
+    warmup: float = 0.05
+    """Share of the run over which the learning rate rises."""
+    decay: float = 0.5
+    """Share of the run, at its end, over which the learning rate falls to 0."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's."""
+    clip: float = 10.0
+    """Greatest norm of the gradient, as a multiple of its running mean."""
+    dead_after: int | None = None
+    """A latent that has been silent for so many tokens counts as dead in training; by default a tenth of the run, at most 10 M."""
+    dtype: str = "float32"
+    """What the products are computed in: float32, or bfloat16 with float32 weights and sums."""
+    block_tokens: int = 65_536
+    """Tokens that are shuffled together."""
+    held_out_tokens: int = 200_000
+    """Held-out tokens that the final figures are measured on."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "block_tokens", "held_out_tokens", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"dtype is {self.dtype!r}; training is done in float32 or bfloat16.")
+        if self.lr is not None and not self.lr > 0:
+            raise InputError(f"lr is {self.lr}; it must be positive.")
+        for name in ("warmup", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it is a share of the run, from 0 to 1.")
+
+    def with_(self, settings: Mapping[str, Any]) -> TrainConfig:
+        """A copy with other values. Raises InputError for a setting that does not exist."""
+        names = [field.name for field in fields(self)]
+        for name in settings:
+            if name not in names:
+                raise InputError(f"There is no training setting {name!r}.{did_you_mean(name, names)} There are {', '.join(names)}.")
+        return replace(self, **settings)
+
+
+class Stream(Protocol):
+    """Where batches come from: `steerkit.activations.ActivationStream`, a cache's stream, or any object like them."""
+
+    seconds_model: float
+
+    def __next__(self) -> Mapping[str, Tensor]: ...
+    def statistics(self, site: str) -> Statistics: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class Trainer:
+    """One SAE in training, in normalised units. `step` takes a batch of raw activations; `result` gives the SAE that acts on them."""
+
+    def __init__(
+        self, arch: Config, site: str, statistics: Statistics, tokens: int, config: TrainConfig, device: torch.device
+    ) -> None:
+        self.arch, self.site, self.config, self.device = arch, site, config, device
+        self.scale = statistics.scale
+        self.mean = statistics.mean.to(device) * self.scale
+        self.n_steps = max(1, tokens // config.batch_size)
+        self.dead_after = config.dead_after or min(10_000_000, tokens // 10)
+        self.sae = arch.build(len(self.mean)).to(device)
+        self.lr = config.lr or arch.learning_rate(self.sae.d_in)
+        self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=self.lr, betas=config.betas, fused=True)
+        self.silent = torch.zeros(arch.d_sae, dtype=torch.int64, device=device)
+        self.controller: TargetL0 | None = None
+        if isinstance(arch, Sparsity) and arch.l1 is None and arch.target_l0 is not None:
+            self.controller = TargetL0(arch.target_l0, self.n_steps, log_coefficient=math.log(arch.first_coefficient(self.sae.d_in)))
+        self.steps = 0
+        self.gradient_norm = 0.0
+        self.sums: dict[str, float] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen."""
+        return self.steps * self.config.batch_size
+
+    @property
+    def coefficient(self) -> float:
+        """The sparsity penalty's weight at the next step."""
+        if self.controller is not None:
+            return self.controller.coefficient
+        fixed = self.arch.l1 if isinstance(self.arch, Sparsity) else None
+        return (fixed or 0.0) * min(1.0, (self.steps + 1) / max(1.0, self.config.warmup * self.n_steps))
+
+    def step(self, batch: Float[Tensor, "n d_in"]) -> None:
+        """Learn from one batch. Raises NumericsError, before anything has changed, if it makes loss or gradient NaN or infinite."""
+        x = batch.to(self.device, torch.float32) * self.scale
+        if self.steps == 0:
+            generator = torch.Generator().manual_seed(self.config.seed)
+            self.sae.initialise(x, self.mean, generator)
+        coefficient = self.coefficient
+        outcome = self.sae.gradients(x, coefficient, self.silent > self.dead_after)
+        self.sae.remove_parallel_gradient()
+        loss, norm = float(outcome.loss), self._clip()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NumericsError(
+                f"NaN or inf in step {self.steps} at {self.site} ({'loss' if not math.isfinite(loss) else 'gradient'}). "
+                "The last checkpoint is intact; check the activations, or lower lr."
+            )
+        factor = learning_rate_factor(self.steps, self.n_steps, self.config.warmup, self.config.decay)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.lr * factor
+        self.optimiser.step()
+        self.sae.normalise_decoder()
+        self.silent.add_(len(x)).masked_fill_(outcome.counts > 0, 0)
+        l0 = float(outcome.l0)
+        if self.controller is not None:
+            self.controller.update(l0)
+        self.steps += 1
+        self._add(loss=loss, mse=float(outcome.mse), variance=float((x - self.mean).square().sum()) / len(x), l0=l0, batches=1)
+        self._add_last(coefficient=coefficient, lr=self.lr * factor)
+
+    def _clip(self) -> float:
+        """Bound the gradient by a multiple of its running norm; returns the norm that it had."""
+        gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
+        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+        if not math.isfinite(norm):
+            return norm
+        limit = self.config.clip * self.gradient_norm
+        if self.steps and norm > limit:
+            torch._foreach_mul_(gradients, limit / norm)
+        share = max(0.01, 1 / (self.steps + 1))
+        self.gradient_norm += share * (min(norm, limit) if self.steps else norm) - share * self.gradient_norm
+        return norm
+
+    def _add(self, **values: float) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def _add_last(self, **values: float) -> None:
+        self.sums.update(values)
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the steps since the last call, and the present state."""
+        sums, self.sums = self.sums, {}
+        n = sums["batches"]
+        return {
+            "step": self.steps,
+            "tokens": self.tokens,
+            "loss": sums["loss"] / n,
+            "fvu": sums["mse"] / sums["variance"],
+            "l0": sums["l0"] / n,
+            "coefficient": sums["coefficient"],
+            "lr": sums["lr"],
+            "dead_fraction": float((self.silent > self.dead_after).float().mean()),
+        }
+
+    def result(self) -> SAE:
+        """The SAE for raw activations, a copy."""
+        sae = self.arch.build(self.sae.d_in).to(self.device)
+        sae.load_state_dict(self.sae.state_dict())
+        sae.fold_scale(self.scale)
+        return sae.eval().requires_grad_(False)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint."""
+        found = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        for name, parameter in self.sae.named_parameters():
+            found |= {f"adam.{name}.{key}": value for key, value in self.optimiser.state[parameter].items()}
+        return {**found, "silent": self.silent, "mean": self.mean}
+
+    def state(self) -> dict[str, Any]:
+        """The rest of a checkpoint, plain data."""
+        return {
+            "steps": self.steps,
+            "scale": self.scale,
+            "gradient_norm": self.gradient_norm,
+            "sums": self.sums,
+            "controller": self.controller.state_dict() if self.controller is not None else None,
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
+        for name, parameter in self.sae.named_parameters():
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            self.optimiser.state[parameter] = {key: tensors[f"adam.{name}.{key}"].to(self.device) for key in keys}
+        self.silent.copy_(tensors["silent"])
+        self.mean = tensors["mean"].to(self.device)
+        self.steps, self.scale = state["steps"], state["scale"]
+        self.gradient_norm, self.sums = state["gradient_norm"], dict(state["sums"])
+        if self.controller is not None:
+            self.controller.load_state_dict(state["controller"])
+
+
+def fit(
+    stream: Stream,
+    site: str,
+    arch: Config,
+    tokens: int,
+    *,
+    config: TrainConfig | None = None,
+    device: str | torch.device = "cpu",
+    run: Run | None = None,
+    checkpoint_seconds: float = 60.0,
+    quiet: bool = True,
+) -> tuple[SAE, dict[str, float]]:
+    """Train on a stream's batches; gives the SAE (for raw activations) and the seconds that went into model, buffer and SAE.
+
+    With a `run`, metrics and checkpoints go to its directory, and a checkpoint that is there is continued. After Ctrl-C or SIGTERM
+    a checkpoint is written and KeyboardInterrupt raised.
+    """
+    config = config or TrainConfig()
+    checkpoints = Checkpoints(run.path / "checkpoint") if run is not None else None
+    found = checkpoints.load() if checkpoints is not None else None
+    if found is not None:
+        stream.load_state_dict(found[1]["stream"])
+    trainer = Trainer(arch, site, stream.statistics(site), tokens, config, torch.device(device))
+    seconds = {"model": 0.0, "buffer": 0.0, "sae": 0.0, "total": 0.0}
+    if found is not None:
+        trainer.load(*found)
+        seconds = found[1]["seconds"]
+    if run is not None:
+        run.rewind("step", trainer.steps)
+    clock = _Clock(stream, seconds)
+
+    def save() -> None:
+        if checkpoints is not None:
+            state = {**trainer.state(), "stream": stream.state_dict(), "seconds": clock.seconds()}
+            checkpoints.save(trainer.steps, trainer.tensors(), state)
+
+    saved = time.monotonic()
+    total = trainer.n_steps * config.batch_size
+    with _deferred_interrupts() as interrupted, progress(total, f"{arch.name} SAE", quiet=quiet, done=trainer.tokens) as bar:
+        while trainer.steps < trainer.n_steps:
+            with clock.waiting():
+                batch = next(stream)[site]
+            with clock.training():
+                trainer.step(batch)
+            last = trainer.steps == trainer.n_steps
+            if run is not None and (last or trainer.steps % config.log_every == 0):
+                line = trainer.metrics()
+                run.log({**line, "tokens_per_second": clock.rates(trainer.tokens)})
+                bar.advance(trainer.tokens - bar.done, **{key: line[key] for key in ("fvu", "l0", "dead_fraction")})
+            if interrupted.is_set():
+                save()
+                raise KeyboardInterrupt
+            if last or time.monotonic() - saved >= checkpoint_seconds:
+                save()
+                saved = time.monotonic()
+    return trainer.result(), clock.seconds()
+
+
+class _Clock:
+    """Seconds that go into the model, the buffer and the SAE, across restarts. `total` is the wall's."""
+
+    def __init__(self, stream: Stream, before: Mapping[str, float]) -> None:
+        self.stream, self.before = stream, before
+        self.started = time.perf_counter()
+        self.model_before = stream.seconds_model
+        self.waited = self.trained = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.trained += time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        model = self.stream.seconds_model - self.model_before
+        now = {
+            "model": model,
+            "buffer": max(0.0, self.waited - model),
+            "sae": self.trained,
+            "total": time.perf_counter() - self.started,
+        }
+        return {key: self.before[key] + value for key, value in now.items()}
+
+    def rates(self, tokens: int) -> dict[str, float]:
+        """Tokens a second of each part, as if it were alone."""
+        return {key: tokens / max(value, 1e-9) for key, value in self.seconds().items()}
+
+
+@contextlib.contextmanager
+def _deferred_interrupts() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set the event, so that a step is never cut in two; a second Ctrl-C interrupts at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(signum: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        print("Stopping after this step and saving a checkpoint (Ctrl-C again: at once).", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
