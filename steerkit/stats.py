@@ -1,7 +1,8 @@
 """Intervals and tests for quantities that are measured on texts: clustered by document, and beside a null.
 
-Tokens of one document resemble each other, so the document (story, prompt, seed) is the unit: every function takes one row of
-sums per group, and a statistic of the summed row, so that ratios, differences and recovered shares are all one line.
+Tokens of one document resemble each other, so the document (story, prompt, seed) is the unit: every function
+takes one row of sums per group, and a statistic of the summed row, so that ratios, differences and recovered
+shares are all one line.
 
     sums = group_sums(np.stack([errors, squares], 1), documents)          # (n_groups, 2)
     jackknife(sums, lambda s: s[..., 0] / s[..., 1])                      # 0.0312 [0.0304, 0.0320]
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,7 @@ class Interval:
 
     def clipped(self, low: float, high: float) -> Interval:
         """The same with its ends inside the range of what is estimated."""
-        ends = (float(np.clip(end, low, high)) for end in (self.low, self.high))
-        return Interval(self.estimate, *ends, self.standard_error, self.level)
+        return replace(self, low=max(low, self.low), high=min(high, self.high))
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -70,7 +70,8 @@ def group_sums(
 def jackknife(sums: Float[np.ndarray, "g k"], statistic: Statistic, *, level: float = 0.95) -> Interval:
     """Delete-one-group jackknife: SE² = (g-1)/g Σ (θ_(i) - θ̄)², with Student's t on g-1 degrees of freedom.
 
-    For the mean of one value a group, SE is the standard error of the mean. Raises InputError with fewer than two groups.
+    For the mean of one value a group, SE is the standard error of the mean. Raises InputError with fewer than
+    two groups.
     """
     sums = _checked(sums)
     total = sums.sum(0)
@@ -112,10 +113,11 @@ def paired_test(
     seed: int = 0,
     level: float = 0.95,
 ) -> Comparison:
-    """statistic(a) - statistic(b) on the same groups, resampled together; groups of `a` and `b` stand in the same order.
+    """statistic(a) - statistic(b) on the same groups, resampled together; groups of `a` and `b` stand in the
+    same order.
 
-    The p-value is the share of resampled differences that lie as far from the difference found as that lies from zero, the
-    found one counted among them. Raises InputError if the groups do not match.
+    The p-value is the share of resampled differences that lie as far from the difference found as that lies
+    from zero, the found one counted among them. Raises InputError if the groups do not match.
     """
     a, b = _checked(a), _checked(b)
     if a.shape != b.shape:
@@ -142,8 +144,8 @@ def permutation_test(
 ) -> tuple[float, float, Float[np.ndarray, " permutations"]]:
     """(statistic of the labels as they are, one-sided p-value, statistics of permuted labels).
 
-    With `groups`, whole groups change labels with each other: every group must have one label. The p-value is the share of
-    labellings, the true one among them, that reach the true statistic.
+    With `groups`, whole groups change labels with each other: every group must have one label. The p-value is
+    the share of labellings, the true one among them, that reach the true statistic.
     """
     labels = np.asarray(labels)
     generator = np.random.default_rng(seed)
@@ -180,8 +182,9 @@ def auroc_interval(
 ) -> Interval:
     """AUROC with the exact delete-one-group jackknife, its ends within [0, 1].
 
-    All leave-one-out areas come from the ranks: taking a group out takes from the sum over pairs its members' pairs with
-    everyone, and gives back the pairs inside the group, which were taken twice. NaN where either class is empty.
+    All leave-one-out areas come from the ranks: taking a group out takes from the sum over pairs its members'
+    pairs with everyone, and gives back the pairs inside the group, which were taken twice. NaN where either
+    class is empty.
     """
     scores, labels = np.asarray(scores), np.asarray(labels, dtype=bool)
     _, group = np.unique(groups, return_inverse=True)
