@@ -12,9 +12,10 @@ evaluation, none of whose tokens are cached.
 A killed run is resumed at the first shard that is not there; the files are then the same, bit by bit, as
 without the kill.
 
-int8: with z = (x − mean) / spread per channel (mean and largest deviation of the shard), x is stored as
-round(z / s), s = max|z| / 127 per row, so that neither outlying channels nor outlying rows cost the others
-precision. The error of a coordinate is at most s · spread / 2: on residual streams an FVU of 1e-5 to 1e-4.
+int8: with z = (x − mean) / spread per channel (mean and mean absolute deviation of the shard), x is stored as
+round(z / step), step = max|z| / 127 per row, so that neither outlying channels nor outlying rows cost the
+others precision. The error of a coordinate is at most step · spread / 2: on residual streams an FVU below
+1e-4.
 """
 
 from __future__ import annotations
@@ -343,9 +344,10 @@ class _Writer:
             )
         for key, here in self.made_with.items():
             if index["made_with"].get(key) != here:
+                there = index["made_with"].get(key)
                 raise InputError(
-                    f"{self.path} holds another cache: its {key} is {index['made_with'].get(key)!r}, here it is "
-                    f"{here!r}. Choose another directory."
+                    f"{self.path} holds another cache: its {key} is {there!r}, here it is {here!r}. "
+                    "Choose another directory."
                 )
         self.complete, self.tokens, self.shards = index["complete"], index["tokens"], index["shards"]
         self.cursor = Cursor(**index["cursor"])
@@ -462,7 +464,7 @@ def _encode(block: Block, dtype: str) -> dict[str, Tensor]:
 
 def _quantized(site: str, acts: Float[Tensor, "n width"]) -> dict[str, Tensor]:
     mean = acts.mean(0)
-    spread = (acts - mean).abs().amax(0).clamp_min(torch.finfo(torch.float32).tiny)
+    spread = (acts - mean).abs().mean(0).clamp_min(torch.finfo(torch.float32).tiny)
     z = (acts - mean) / spread
     step = (z.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
     codes = (z / step[:, None]).round().to(torch.int8)

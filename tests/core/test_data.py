@@ -58,7 +58,7 @@ def test_the_first_of_the_known_text_columns_is_taken(tmp_path):
     path.write_text("question,statement\nq,s\n")
     assert list(load_documents(path)) == ["s"]
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match="none of the text columns.*its columns are a, b"):
+    with pytest.raises(InputError, match=r"none of the text columns.*its columns are a, b"):
         load_documents(path)
 
 
@@ -153,7 +153,7 @@ def test_a_permutation_is_one_and_depends_on_its_seeds(n, seed, epoch):
 
 @pytest.mark.parametrize("n", [5, 1000, 100_000])
 def test_a_permutation_is_uniform(n):
-    """Over seeds, an element and the distance between two images fall evenly into five bins, within 5 sigma."""
+    """Over seeds, an element and the distance of two images fall evenly into five bins, within 5 sigma."""
     n_seeds = 1000
     images = np.array([Permutation(n, seed)[np.array([0, n // 2])] for seed in range(n_seeds)])
     distances = (images[:, 1] - images[:, 0] - 1) % n
