@@ -1,0 +1,501 @@
+"""Evaluating sparse autoencoders on held-out text.
+
+    evaluation = evaluate(model, sae, held_out, "blocks.2.hook_resid_post")
+    evaluation.fvu, evaluation.delta_ce, evaluation.intervals["fvu"]
+    evaluate_all(model, {"trained": sae, "random": random_sae(sae, acts)}, held_out, site)
+
+One pass over the text. Each batch is run once as it is, which gives the activations and the outputs, once
+with the activations of the tokens that count set to zero, once to their mean, and once for each SAE with its
+reconstructions spliced in. Pads, BOS, special and sink tokens are left as they are in all of them.
+
+    fvu = Σ‖x - x̂‖² / Σ‖x - x̄‖²                            x̄: mean over the same tokens
+    ce_recovered = (ce_zero - ce_sae) / (ce_zero - ce_clean)       ce_recovered_mean: with ce_mean for ce_zero
+
+Cross-entropies are nats per predicted token: every text token that has one before it in its row, special
+tokens left out, sinks included. A model that is not causal has no next token: there the output at each token
+is scored against that token, unmasked. A model without a language-model head has no cross-entropies; what its
+final states turned into is in `final_cosine`, as it is for every model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae.architectures import SAE
+from steerkit.activations import TokenBatch, Tokenization, collect, is_sink, token_batches
+from steerkit.data import Documents, load_documents
+from steerkit.errors import InputError, NumericsError
+from steerkit.models import HookedModel
+from steerkit.runs import write_json
+from steerkit.stats import Interval, jackknife
+
+DEAD_TOKENS = 200_000
+"""A latent is dead if it is silent on so many held-out tokens, or on all there are."""
+
+_FIRST_LOT = 16_384
+"""Tokens on which the sink threshold and the mean for mean ablation are measured."""
+_ENTRIES = 1 << 24
+"""Largest array of latents or logits that is made at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """How well an SAE stands in for the activations of a site. Means over tokens; None where there is no
+    value."""
+
+    l0: float
+    """Active latents a token."""
+    l1: float
+    """Sum of the latents of a token, in the SAE's own units."""
+    fvu: float
+    """Fraction of variance unexplained."""
+    cosine: float
+    """Cosine between activation and reconstruction."""
+    norm_ratio: float | None
+    """‖x̂‖ / ‖x‖."""
+    shrinkage: float | None
+    """Σ‖x̂ - x̄‖² / Σ(x̂ - x̄)·(x - x̄): below 1 when a larger reconstruction would be nearer to x (about
+    x̄)."""
+    dead_fraction: float
+    """Share of latents that are silent on all `tokens`."""
+    final_cosine: float
+    """Cosine of the model's final states, spliced with clean, at the text tokens."""
+    final_cosine_zero: float
+    final_cosine_mean: float
+    ce_clean: float | None
+    ce_sae: float | None
+    ce_zero: float | None
+    ce_mean: float | None
+    delta_ce: float | None
+    """ce_sae - ce_clean."""
+    ce_recovered: float | None
+    ce_recovered_mean: float | None
+    kl: float | None
+    """KL(clean ‖ spliced) of the predictions, nats."""
+    tokens: int
+    """Tokens that count: reconstructed and spliced."""
+    predicted: int
+    """Tokens whose cross-entropy is measured."""
+    documents: int
+    predicts: str | None
+    """What cross-entropies are of: `next token`, `own token`, or None."""
+    sink_threshold: float | None
+    """Norm above which a token was left out as a sink."""
+    intervals: Mapping[str, Interval] = field(repr=False)
+    """95 % intervals of some of the above, jackknifed over documents."""
+    density: Float[np.ndarray, " d_sae"] = field(repr=False)
+    """Share of tokens on which each latent is active."""
+
+    def density_histogram(self) -> dict[str, list[float]]:
+        """Counts of latents per half decade of density; silent ones are in none."""
+        edges = np.arange(-7, 0.5, 0.5)
+        counts, _ = np.histogram(np.log10(self.density[self.density > 0]), bins=edges)
+        return {"log10_edges": edges.tolist(), "counts": counts.tolist()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the density as a histogram."""
+        values = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("intervals", "density")
+        }
+        intervals = {name: interval.to_dict() for name, interval in self.intervals.items()}
+        return {**values, "intervals": intervals, "density_histogram": self.density_histogram()}
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict()` as JSON."""
+        write_json(path, self.to_dict())
+
+    def __repr__(self) -> str:
+        def shown(name: str) -> str:
+            if name in self.intervals:
+                return repr(self.intervals[name])
+            value = getattr(self, name)
+            return "–" if value is None else f"{value:.4g}"
+
+        lines = [
+            f"Evaluation on {self.tokens:,} tokens of {self.documents:,} documents",
+            f"  L0 {shown('l0')}   L1 {shown('l1')}   FVU {shown('fvu')}   cosine {shown('cosine')}",
+            f"  norm ratio {shown('norm_ratio')}   shrinkage {shown('shrinkage')}",
+            f"  dead {self.dead_fraction:.1%}",
+        ]
+        if self.predicts is not None:
+            lines += [
+                f"  cross-entropy of the {self.predicts}: clean {shown('ce_clean')}   SAE {shown('ce_sae')}",
+                f"    ablated: zero {shown('ce_zero')}   mean {shown('ce_mean')}",
+                f"  ΔCE {shown('delta_ce')}   KL {shown('kl')}",
+                f"  recovered {shown('ce_recovered')}   against mean {shown('ce_recovered_mean')}",
+            ]
+        lines.append(
+            f"  final cosine: SAE {shown('final_cosine')}   zero {shown('final_cosine_zero')}   "
+            f"mean {shown('final_cosine_mean')}"
+        )
+        return "\n".join(lines)
+
+
+def evaluate(
+    model: HookedModel,
+    sae: SAE,
+    documents: Documents | Sequence[str],
+    site: str,
+    *,
+    tokenization: Tokenization | None = None,
+    tokens: int = DEAD_TOKENS,
+    sink_threshold: float | None = None,
+    batch_tokens: int = 8192,
+) -> Evaluation:
+    """Measure an SAE on `tokens` held-out tokens. `documents` are all used as they are: hold them out before.
+
+    Without `sink_threshold` it is measured on the first tokens, if the tokenization drops sinks. With fewer
+    than `DEAD_TOKENS` tokens `dead_fraction` is an upper bound, unless there is no more text. Raises
+    InputError when no token is left or the SAE does not fit the site, NumericsError on NaN or inf.
+    """
+    settings: dict[str, Any] = {"tokenization": tokenization, "tokens": tokens, "batch_tokens": batch_tokens}
+    return evaluate_all(model, {"sae": sae}, documents, site, sink_threshold=sink_threshold, **settings)[
+        "sae"
+    ]
+
+
+@torch.no_grad()
+def evaluate_all(
+    model: HookedModel,
+    saes: Mapping[str, SAE],
+    documents: Documents | Sequence[str],
+    site: str,
+    *,
+    tokenization: Tokenization | None = None,
+    tokens: int = DEAD_TOKENS,
+    sink_threshold: float | None = None,
+    batch_tokens: int = 8192,
+) -> dict[str, Evaluation]:
+    """`evaluate` for several SAEs of one site in one pass: the clean and the ablated runs are shared."""
+    documents = load_documents(documents)
+    tokenization = tokenization or Tokenization()
+    if not len(documents) or tokens < 1:
+        raise InputError(
+            "There is no held-out text: give at least one document and one token to evaluate on."
+        )
+    for name, sae in saes.items():
+        check_fits(model, sae, site, name)
+    lot = collect(
+        model,
+        documents,
+        site,
+        tokenization=tokenization,
+        max_tokens=min(tokens, _FIRST_LOT),
+        batch_tokens=batch_tokens,
+    ).statistics[site]
+    if sink_threshold is None or not tokenization.drop_sinks:
+        sink_threshold = lot.sink_threshold
+    sums = _Sums(model, saes, len(documents), lot.mean, sink_threshold)
+    batches = token_batches(model, documents, tokenization, batch_tokens=batch_tokens, max_tokens=tokens)
+    for number, batch in enumerate(batches):
+        _evaluate_batch(model, saes, site, batch, number, sums)
+    return {name: sums.evaluation(name) for name in saes}
+
+
+def check_fits(model: HookedModel, sae: SAE, site: str, name: str = "sae") -> None:
+    """Raise InputError unless the SAE's width is the site's."""
+    width = model.site(site).width
+    if sae.d_in != width:
+        raise InputError(
+            f"The SAE ({name}) is of width {sae.d_in}, but {site} of {model.name} is of width {width}: "
+            "give the site and model that it was trained on."
+        )
+
+
+# one batch
+
+
+def _evaluate_batch(
+    model: HookedModel, saes: Mapping[str, SAE], site: str, batch: TokenBatch, number: int, sums: _Sums
+) -> None:
+    acts, clean = _clean(model, site, batch)
+    keep = batch.keep.to(acts.device) & ~is_sink(acts, sums.sink_threshold)
+    x = acts[keep].float()
+    document = batch.token_document.to(acts.device)[keep]
+    if not x.isfinite().all():
+        wrong = document[~x.isfinite().all(-1)].unique().tolist()
+        raise NumericsError(
+            f"NaN or inf at {site} in batch {number} (documents {', '.join(map(str, wrong[:5]))}). "
+            "Check the model's weights, or load it in float32 or bfloat16."
+        )
+    mean = sums.centre.to(x)
+    replacements = {"zero": torch.zeros_like(x), "mean": mean.expand_as(x)}
+    sums.add_activations(x, document)
+    for name, sae in saes.items():
+        replacements[name] = sums.reconstruct(name, sae, x, document, site, number)
+    finals = {
+        name: _spliced(model, site, batch, keep, replacement) for name, replacement in replacements.items()
+    }
+    _add_outputs(model, batch, clean, finals, sums)
+
+
+def _clean(
+    model: HookedModel, site: str, batch: TokenBatch
+) -> tuple[Float[Tensor, "batch pos width"], Float[Tensor, "batch pos d_model"]]:
+    """(activations at the site, final states) of one forward."""
+    found: list[Tensor] = []
+
+    def keep(act: Tensor) -> None:
+        found.append(act.clone())
+
+    with model.hooks({site: keep}):
+        final = model.final(batch.input_ids, _mask(model, batch))
+    return found[-1], final
+
+
+def _spliced(
+    model: HookedModel, site: str, batch: TokenBatch, keep: Bool[Tensor, "batch pos"], values: Tensor
+) -> Float[Tensor, "batch pos d_model"]:
+    """Final states with the activations at `keep` replaced."""
+
+    def splice(act: Tensor) -> Tensor:
+        act = act.clone()
+        act[keep] = values.to(act.dtype)
+        return act
+
+    with model.hooks({site: splice}):
+        return model.final(batch.input_ids, _mask(model, batch))
+
+
+def _mask(model: HookedModel, batch: TokenBatch) -> Tensor | None:
+    """Pads on the right of a causal model change nothing before them."""
+    return None if model.is_causal else batch.attention_mask
+
+
+def _add_outputs(
+    model: HookedModel, batch: TokenBatch, clean: Tensor, finals: Mapping[str, Tensor], sums: _Sums
+) -> None:
+    device = clean.device
+    batch = batch.to(device)
+    text = _text(model, batch)
+    document = batch.token_document
+    cosines = {
+        name: F.cosine_similarity(clean[text].float(), f[text].float(), dim=-1) for name, f in finals.items()
+    }
+    sums.add("cosine", cosines, document[text])
+    if not model.has_lm_head:
+        return
+    ahead = 1 if model.is_causal else 0
+    target = text[:, ahead:]
+    ids, document = batch.input_ids[:, ahead:][target], document[:, ahead:][target]
+    states = {name: f[:, : f.shape[1] - ahead][target] for name, f in {"clean": clean, **finals}.items()}
+    chunk = max(1, _ENTRIES // model.d_vocab)
+    for start in range(0, len(ids), chunk):
+        part = slice(start, start + chunk)
+        predictions = F.log_softmax(model.unembed(states["clean"][part]).float(), -1)
+        ce, kl = {"clean": _at(predictions, ids[part])}, {}
+        for name in finals:
+            spliced = F.log_softmax(model.unembed(states[name][part]).float(), -1)
+            ce[name] = _at(spliced, ids[part])
+            kl[name] = F.kl_div(spliced, predictions, reduction="none", log_target=True).sum(-1)
+        sums.add("ce", ce, document[part])
+        sums.add("kl", kl, document[part])
+
+
+def _at(log_probabilities: Float[Tensor, "n d_vocab"], ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    return -log_probabilities.gather(-1, ids[:, None])[:, 0]
+
+
+def _text(model: HookedModel, batch: TokenBatch) -> Bool[Tensor, "batch pos"]:
+    """Text tokens: no pads, no special tokens, wherever they stand."""
+    special = torch.tensor(sorted(model.special_ids), dtype=torch.int64, device=batch.input_ids.device)
+    return (batch.token_position >= 0) & ~torch.isin(batch.input_ids, special)
+
+
+# sums
+
+
+class _Sums:
+    """Everything that is summed over tokens: per document in float64, so that intervals come from the same
+    pass."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        saes: Mapping[str, SAE],
+        n_documents: int,
+        centre: Float[Tensor, " d_in"],
+        sink_threshold: float | None,
+    ) -> None:
+        self.model, self.sink_threshold = model, sink_threshold
+        self.centre = centre
+        """What sums of squares are taken about, so that none cancels; the measured mean differs hardly."""
+        self.n_documents = n_documents
+        self.by_document: dict[tuple[str, str], Tensor] = {}
+        self.vectors: dict[str, Tensor] = {}
+        self.counts = {name: torch.zeros(sae.d_sae, dtype=torch.int64) for name, sae in saes.items()}
+
+    def add(
+        self, quantity: str, values: Mapping[str, Float[Tensor, " n"]], document: Int[Tensor, " n"]
+    ) -> None:
+        """Add one value a token for each of several names; the tokens themselves are counted under 'n'."""
+        ones = torch.ones(len(document), device=document.device)
+        for name, value in {"n": ones, **values}.items():
+            total = self.by_document.setdefault(
+                (quantity, name), torch.zeros(self.n_documents, dtype=torch.float64, device=document.device)
+            )
+            total.index_add_(0, document, value.double())
+
+    def add_vector(self, name: str, values: Float[Tensor, "n d_in"]) -> None:
+        total = values.sum(0, dtype=torch.float64)
+        self.vectors[name] = self.vectors[name] + total if name in self.vectors else total
+
+    def add_activations(self, x: Float[Tensor, "n d_in"], document: Int[Tensor, " n"]) -> None:
+        centred = x - self.centre.to(x)
+        self.add("site", {"variance": centred.square().sum(-1, dtype=torch.float64)}, document)
+        self.add_vector("x", centred)
+
+    def reconstruct(
+        self,
+        name: str,
+        sae: SAE,
+        x: Float[Tensor, "n d_in"],
+        document: Int[Tensor, " n"],
+        site: str,
+        number: int,
+    ) -> Float[Tensor, "n d_in"]:
+        """The reconstructions, after adding up what they are like."""
+        found = torch.empty_like(x)
+        chunk = max(1, _ENTRIES // sae.d_sae)
+        for start in range(0, len(x), chunk):
+            part = slice(start, start + chunk)
+            latents = sae.encode(x[part].to(sae.device, sae.dtype))
+            found[part] = sae.decode(latents).to(x)
+            active = latents > 0
+            self.counts[name] += active.sum(0).cpu()
+            self._add_chunk(
+                name, x[part], found[part], active.to(x.device), latents.to(x.device), document[part]
+            )
+        if not found.isfinite().all():
+            raise NumericsError(
+                f"The SAE ({name}) gives NaN or inf at {site} in batch {number}: check its weights."
+            )
+        return found
+
+    def _add_chunk(
+        self, name: str, x: Tensor, found: Tensor, active: Tensor, latents: Tensor, document: Tensor
+    ) -> None:
+        centre = self.centre.to(x)
+        centred, aligned = found - centre, (x - centre) * (found - centre)
+        values = {
+            "error": (x - found).square().sum(-1, dtype=torch.float64),
+            "l0": active.sum(-1),
+            "l1": latents.float().sum(-1),
+            "cosine": F.cosine_similarity(x, found, dim=-1),
+            "ratio": found.norm(dim=-1) / x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny),
+            "square": centred.square().sum(-1, dtype=torch.float64),
+            "aligned": aligned.sum(-1, dtype=torch.float64),
+        }
+        self.add(name, values, document)
+        self.add_vector(name, centred)
+
+    def column(self, quantity: str, name: str) -> Float[np.ndarray, " documents"]:
+        found = self.by_document.get((quantity, name))
+        return np.zeros(self.n_documents) if found is None else found.cpu().numpy()
+
+    def evaluation(self, name: str) -> Evaluation:
+        n = self.column("site", "n").sum()
+        if not n:
+            raise InputError(
+                "Not one held-out token is left without special and sink tokens: nothing to evaluate."
+            )
+        site = {
+            key: self.column(name, key)
+            for key in ("error", "l0", "l1", "cosine", "ratio", "square", "aligned")
+        }
+        total = {key: float(values.sum()) for key, values in site.items()}
+        mean_x, mean_found = (self.vectors[key].cpu().numpy() / n for key in ("x", name))
+        # The sums were taken about the centre; x̄ is the centre plus mean_x.
+        variance = self.column("site", "variance").sum() - n * float(mean_x @ mean_x)
+        square = total["square"] - 2 * n * float(mean_found @ mean_x) + n * float(mean_x @ mean_x)
+        aligned = total["aligned"] - n * float(mean_found @ mean_x)
+        cosines = {key: self._mean("cosine", key) for key in (name, "zero", "mean")}
+        density = self.counts[name].numpy() / n
+        return Evaluation(
+            l0=total["l0"] / n,
+            l1=total["l1"] / n,
+            fvu=total["error"] / variance if variance > 0 else float("nan"),
+            cosine=total["cosine"] / n,
+            norm_ratio=total["ratio"] / n,
+            shrinkage=square / aligned if aligned > 0 else None,
+            dead_fraction=float((density == 0).mean()),
+            final_cosine=cosines[name],
+            final_cosine_zero=cosines["zero"],
+            final_cosine_mean=cosines["mean"],
+            **self._cross_entropies(name),
+            tokens=int(n),
+            documents=int((self.column("site", "n") > 0).sum()),
+            sink_threshold=self.sink_threshold,
+            intervals=self._intervals(name, variance),
+            density=density,
+        )
+
+    def _mean(self, quantity: str, name: str) -> float:
+        return float(self.column(quantity, name).sum() / self.column(quantity, "n").sum())
+
+    def _cross_entropies(self, name: str) -> dict[str, Any]:
+        keys = (
+            "ce_clean",
+            "ce_sae",
+            "ce_zero",
+            "ce_mean",
+            "delta_ce",
+            "ce_recovered",
+            "ce_recovered_mean",
+            "kl",
+        )
+        predicted = int(self.column("ce", "n").sum())
+        if not predicted:
+            return {**dict.fromkeys(keys), "predicted": 0, "predicts": None}
+        clean, spliced, zero, mean = (self._mean("ce", key) for key in ("clean", name, "zero", "mean"))
+        values = (
+            clean,
+            spliced,
+            zero,
+            mean,
+            spliced - clean,
+            _share(zero - spliced, zero - clean),
+            _share(mean - spliced, mean - clean),
+            self._mean("kl", name),
+        )
+        predicts = "next token" if self.model.is_causal else "own token"
+        return {**dict(zip(keys, values)), "predicted": predicted, "predicts": predicts}
+
+    def _intervals(self, name: str, variance: float) -> dict[str, Interval]:
+        """Jackknifed over documents; a document's share of the variance is that of its squares about the
+        centre."""
+        n, squares = self.column("site", "n"), self.column("site", "variance")
+        used = n > 0
+        if used.sum() < 2:
+            return {}
+        pairs = {
+            "l0": (self.column(name, "l0"), n),
+            "fvu": (self.column(name, "error"), squares * (variance / squares.sum())),
+            "final_cosine": (self.column("cosine", name), self.column("cosine", "n")),
+        }
+        predicted = self.column("ce", "n")
+        if predicted.any():
+            clean, spliced, zero, mean = (self.column("ce", key) for key in ("clean", name, "zero", "mean"))
+            pairs |= {
+                "delta_ce": (spliced - clean, predicted),
+                "ce_recovered": (zero - spliced, zero - clean),
+                "ce_recovered_mean": (mean - spliced, mean - clean),
+                "kl": (self.column("kl", name), predicted),
+            }
+        return {
+            key: jackknife(np.stack(columns, 1)[used], lambda s: s[..., 0] / s[..., 1])
+            for key, columns in pairs.items()
+        }
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
