@@ -93,7 +93,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is damaged and cannot be read ({str(error).splitlines()[0]}).") from None
+        raise CheckpointError(
+            f"{path} is damaged and cannot be read ({str(error).splitlines()[0]})."
+        ) from None
     text = metadata.get("state", "")
     if metadata.get("sha256") != _checksum(tensors, text):
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum.")

@@ -7,21 +7,20 @@
 activations from anywhere. Training happens in normalised units: activations times `scale`, so that their mean squared norm is d_in;
 the scale is folded into the weights that are saved, which act on raw activations.
 
-A run that is killed and resumed ends with the very same weights, bit by bit (on a CPU, with the same number of threads): a checkpoint
-holds parameters, moments, controller, counts and the stream's place.
+A run that is killed and resumed ends with the very same weights, bit by bit (on a CPU, with the same number of threads): a
+checkpoint holds parameters, moments, controller, counts and the stream's place.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,9 +28,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae import formats
 from sae.architectures import SAE, Config, Sparsity
 from sae.checkpoint import Checkpoints
+from sae.evaluation import Evaluation, evaluate
 from sae.schedule import TargetL0, learning_rate_factor
+from steerkit.activation_cache import ActivationCache
 from steerkit.activations import ActivationStream, Statistics, Tokenization
 from steerkit.data import Documents, load_documents, split_held_out
 from steerkit.errors import InputError, NumericsError, did_you_mean
@@ -85,8 +87,233 @@ class TrainConfig:
         names = [field.name for field in fields(self)]
         for name in settings:
             if name not in names:
-                raise InputError(f"There is no training setting {name!r}.{did_you_mean(name, names)} There are {', '.join(names)}.")
+                raise InputError(
+                    f"There is no training setting {name!r}.{did_you_mean(name, names)} There are {', '.join(names)}."
+                )
         return replace(self, **settings)
+
+
+def train(
+    model: HookedModel,
+    data: Any,
+    site: str,
+    arch: Config,
+    tokens: int,
+    out: str | Path,
+    *,
+    config: TrainConfig | None = None,
+    tokenization: Tokenization | None = None,
+    text_column: str | None = None,
+    device: str | torch.device | None = None,
+    checkpoint_seconds: float = 60.0,
+    resume: bool = False,
+    quiet: bool = False,
+    **settings: Any,
+) -> SAERun:
+    """Train an SAE on a model's activations at `site`, evaluate it on held-out text, and write all of it to the directory `out`.
+
+    `data` is whatever `load_documents` takes (its last 5 % of documents are held out), or an `ActivationCache` or its directory.
+    `settings` are fields of `TrainConfig`, such as `seed=1` or `lr=1e-3`. With `resume` an unfinished run is continued from its
+    last checkpoint, and a finished one returned as it is. Raises InputError for bad settings or a directory that holds another run,
+    NumericsError on NaN or inf (the last checkpoint is kept), CheckpointError when every checkpoint is damaged. On Ctrl-C a
+    checkpoint is saved first.
+    """
+    started = time.perf_counter()
+    config = (config or TrainConfig()).with_(settings)
+    if tokens < config.batch_size:
+        raise InputError(
+            f"{tokens} tokens are less than one batch of {config.batch_size}: give more tokens or a smaller batch_size."
+        )
+    width = model.site(site).width
+    source = _Source.of(model, data, site, tokenization, text_column)
+    made_with = {
+        "model": model.name,
+        "data": source.name,
+        "text_column": text_column,
+        "site": site,
+        "arch": arch.to_dict(),
+        "tokens": tokens,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tokenization": asdict(source.tokenization),
+        "training": asdict(config),
+    }
+    origin = {
+        "seed": config.seed,
+        "revision": model.revision,
+        "data_sha256": source.documents.fingerprint(),
+        "d_in": width,
+    }
+    run = Run.open(out, "train sae", made_with, resume=resume, provenance=make_provenance(**origin))
+    if run.finished:
+        return SAERun.load(run.path)
+    stream = source.stream(config)
+    before_fit = time.perf_counter()
+    try:
+        sae, seconds = fit(
+            stream,
+            site,
+            arch,
+            tokens,
+            config=config,
+            device=device or model.device,
+            run=run,
+            checkpoint_seconds=checkpoint_seconds,
+            quiet=quiet,
+        )
+        statistics = stream.statistics(site)
+    finally:
+        stream.close()
+    after_fit = time.perf_counter()
+    seen = tokens // config.batch_size * config.batch_size
+    sae.metadata = {
+        "model": model.name,
+        "revision": model.revision,
+        "site": site,
+        "data": source.name,
+        "tokens": seen,
+        "tokenization": asdict(source.tokenization),
+        "scale": statistics.scale,
+        "sink_threshold": statistics.sink_threshold,
+        "training": asdict(config),
+    }
+    sae.save(run.path)
+    found = evaluate(
+        model,
+        sae,
+        source.held_out,
+        site,
+        tokenization=source.tokenization,
+        tokens=config.held_out_tokens,
+        sink_threshold=statistics.sink_threshold,
+    ).to_dict()
+    total = seconds["total"] + (time.perf_counter() - started) - (after_fit - before_fit)
+    summary = {
+        "arch": arch.name,
+        "d_in": width,
+        "d_sae": arch.d_sae,
+        **found,
+        "tokens": seen,
+        "held_out_tokens": found["tokens"],
+        "tokens_per_second": {key: seen / max(s, 1e-9) for key, s in {**seconds, "total": total}.items()},
+        "peak_memory_mb": peak_memory_mb(),
+        "seconds": total,
+    }
+    run.finish(summary)
+    Checkpoints(run.path / "checkpoint").remove()
+    return SAERun(run.path, sae, run.summary, run.config, model)
+
+
+@dataclass(frozen=True, eq=False)
+class SAERun:
+    """A finished training run."""
+
+    path: Path
+    sae: SAE
+    """Acts on raw activations."""
+    summary: dict[str, Any]
+    """Figures on held-out text, speed and memory: summary.json."""
+    config: dict[str, Any]
+    """The settings: run.yaml."""
+    model: HookedModel | None = field(default=None, repr=False)
+    """The model that it was trained on, if it is at hand."""
+
+    @classmethod
+    def load(cls, path: str | Path, model: HookedModel | None = None) -> SAERun:
+        """Read a run directory. Raises InputError when it is none or unfinished, CheckpointError when it is damaged."""
+        run = Run.load(path)
+        return cls(run.path, formats.load(run.path), run.summary, run.config, model)
+
+    def held_out(self) -> Documents:
+        """The text that was kept from training."""
+        path = Path(self.config["data"])
+        if (path / "cache.json").exists():
+            return ActivationCache.open(path, verify=False).held_out
+        return split_held_out(load_documents(self.config["data"], text_column=self.config["text_column"]))[1]
+
+    def evaluate(self, documents: Any = None, *, tokens: int = 200_000) -> Evaluation:
+        """Measure the SAE on held-out text: the run's own, or `documents`."""
+        model = self.model or HookedModel.from_pretrained(self.config["model"], dtype=self.config["dtype"])
+        return evaluate(
+            model,
+            self.sae,
+            self.held_out() if documents is None else documents,
+            self.config["site"],
+            tokenization=Tokenization(**self.config["tokenization"]),
+            tokens=tokens,
+            sink_threshold=self.sae.metadata["sink_threshold"],
+        )
+
+    def __repr__(self) -> str:
+        shown = {key: self.summary.get(key) for key in ("l0", "fvu", "delta_ce", "dead_fraction")}
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in shown.items() if value is not None)
+        return f"SAERun({str(self.path)!r}, {self.sae!r}: {figures})"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the activations of a run come from, and the text that is held out of it."""
+
+    model: HookedModel
+    site: str
+    name: str
+    documents: Documents
+    held_out: Documents
+    tokenization: Tokenization
+    cache: ActivationCache | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: HookedModel,
+        data: Any,
+        site: str,
+        tokenization: Tokenization | None,
+        text_column: str | None,
+    ) -> _Source:
+        if isinstance(data, (str, Path)) and (Path(data) / "cache.json").exists():
+            data = ActivationCache.open(data)
+        if isinstance(data, ActivationCache):
+            if data.made_with["model"] != model.name:
+                raise InputError(
+                    f"{data.path} holds activations of {data.made_with['model']}, not of {model.name}."
+                )
+            found = _tokenization_of(data, model)
+            if tokenization not in (None, found):
+                raise InputError(f"{data.path} has a tokenization of its own ({found}): give none.")
+            return cls(model, site, str(data.path), data.train, data.held_out, found, data)
+        documents = load_documents(data, text_column=text_column)
+        name = str(data) if isinstance(data, (str, Path)) else documents.name
+        train_documents, held_out = split_held_out(documents)
+        return cls(model, site, name, train_documents, held_out, tokenization or Tokenization())
+
+    def stream(self, config: TrainConfig) -> Stream:
+        if self.cache is not None:
+            return self.cache.stream(self.site, config.batch_size, config.seed, device=self.model.device)
+        return ActivationStream(
+            self.model,
+            self.documents,
+            self.site,
+            tokenization=self.tokenization,
+            batch_size=config.batch_size,
+            block_tokens=config.block_tokens,
+            seed=config.seed,
+        )
+
+
+def _tokenization_of(cache: ActivationCache, model: HookedModel) -> Tokenization:
+    """The tokenization that gives the layout that a cache was made with."""
+    layout = cache.tokenization
+    shared = {
+        key: layout[key] for key in ("context", "packing", "chat_template", "drop_special", "drop_sinks")
+    }
+    for bos in ("auto", "never", "always"):
+        try:
+            tokenization = Tokenization(bos=bos, **shared)
+            if tokenization.resolve(model).to_dict() == layout:
+                return tokenization
+        except InputError:
+            continue
+    raise InputError(f"{cache.path} was made with a tokenization that {model.name} does not have now.")
 
 
 class Stream(Protocol):
@@ -102,10 +329,16 @@ class Stream(Protocol):
 
 
 class Trainer:
-    """One SAE in training, in normalised units. `step` takes a batch of raw activations; `result` gives the SAE that acts on them."""
+    """One SAE in training, in normalised units. `step` takes raw activations; `result` gives the SAE that acts on them."""
 
     def __init__(
-        self, arch: Config, site: str, statistics: Statistics, tokens: int, config: TrainConfig, device: torch.device
+        self,
+        arch: Config,
+        site: str,
+        statistics: Statistics,
+        tokens: int,
+        config: TrainConfig,
+        device: torch.device,
     ) -> None:
         self.arch, self.site, self.config, self.device = arch, site, config, device
         self.scale = statistics.scale
@@ -118,7 +351,9 @@ class Trainer:
         self.silent = torch.zeros(arch.d_sae, dtype=torch.int64, device=device)
         self.controller: TargetL0 | None = None
         if isinstance(arch, Sparsity) and arch.l1 is None and arch.target_l0 is not None:
-            self.controller = TargetL0(arch.target_l0, self.n_steps, log_coefficient=math.log(arch.first_coefficient(self.sae.d_in)))
+            self.controller = TargetL0(
+                arch.target_l0, self.n_steps, log_coefficient=math.log(arch.first_coefficient(self.sae.d_in))
+            )
         self.steps = 0
         self.gradient_norm = 0.0
         self.sums: dict[str, float] = {}
@@ -161,7 +396,13 @@ class Trainer:
         if self.controller is not None:
             self.controller.update(l0)
         self.steps += 1
-        self._add(loss=loss, mse=float(outcome.mse), variance=float((x - self.mean).square().sum()) / len(x), l0=l0, batches=1)
+        self._add(
+            loss=loss,
+            mse=float(outcome.mse),
+            variance=float((x - self.mean).square().sum()) / len(x),
+            l0=l0,
+            batches=1,
+        )
         self._add_last(coefficient=coefficient, lr=self.lr * factor)
 
     def _clip(self) -> float:
@@ -225,10 +466,14 @@ class Trainer:
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
+        self.sae.load_state_dict(
+            {k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")}
+        )
         for name, parameter in self.sae.named_parameters():
             keys = ("step", "exp_avg", "exp_avg_sq")
-            self.optimiser.state[parameter] = {key: tensors[f"adam.{name}.{key}"].to(self.device) for key in keys}
+            self.optimiser.state[parameter] = {
+                key: tensors[f"adam.{name}.{key}"].to(self.device) for key in keys
+            }
         self.silent.copy_(tensors["silent"])
         self.mean = tensors["mean"].to(self.device)
         self.steps, self.scale = state["steps"], state["scale"]
@@ -275,7 +520,10 @@ def fit(
 
     saved = time.monotonic()
     total = trainer.n_steps * config.batch_size
-    with _deferred_interrupts() as interrupted, progress(total, f"{arch.name} SAE", quiet=quiet, done=trainer.tokens) as bar:
+    with (
+        _deferred_interrupts() as interrupted,
+        progress(total, f"{arch.name} SAE", quiet=quiet, done=trainer.tokens) as bar,
+    ):
         while trainer.steps < trainer.n_steps:
             with clock.waiting():
                 batch = next(stream)[site]
@@ -285,7 +533,9 @@ def fit(
             if run is not None and (last or trainer.steps % config.log_every == 0):
                 line = trainer.metrics()
                 run.log({**line, "tokens_per_second": clock.rates(trainer.tokens)})
-                bar.advance(trainer.tokens - bar.done, **{key: line[key] for key in ("fvu", "l0", "dead_fraction")})
+                bar.advance(
+                    trainer.tokens - bar.done, **{key: line[key] for key in ("fvu", "l0", "dead_fraction")}
+                )
             if interrupted.is_set():
                 save()
                 raise KeyboardInterrupt
@@ -343,7 +593,11 @@ def _deferred_interrupts() -> Iterator[threading.Event]:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
-        print("Stopping after this step and saving a checkpoint (Ctrl-C again: at once).", file=sys.stderr, flush=True)
+        print(
+            "Stopping after this step and saving a checkpoint (Ctrl-C again: at once).",
+            file=sys.stderr,
+            flush=True,
+        )
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

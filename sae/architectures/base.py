@@ -32,6 +32,8 @@ class Config:
 
     name: ClassVar[str]
     """The name on the command line and in files."""
+    saelens_architecture: ClassVar[str] = "standard"
+    """What SAELens calls the function that such an SAE computes."""
 
     def __post_init__(self) -> None:
         if self.d_sae < 1:
@@ -70,7 +72,6 @@ class Sparsity(Config):
             raise InputError("Give target_l0, or l1 for a fixed coefficient.")
         if self.target_l0 is not None and not 0 < self.target_l0 < self.d_sae:
             raise InputError(f"target_l0 is {self.target_l0}; it lies between 0 and d_sae = {self.d_sae}.")
-
 
     def first_coefficient(self, d_in: int) -> float:
         """Where the controller of `target_l0` starts."""
@@ -123,8 +124,13 @@ class SAE(nn.Module):
 
     @property
     def arch(self) -> str:
-        """The architecture's name."""
-        return self.config.name
+        """The architecture's name; `jumprelu` once there is a threshold."""
+        return self.config.name if self.threshold is None else "jumprelu"
+
+    @property
+    def saelens_architecture(self) -> str:
+        """What SAELens calls the function that this computes."""
+        return self.config.saelens_architecture if self.threshold is None else "jumprelu"
 
     @property
     def device(self) -> torch.device:
@@ -179,7 +185,9 @@ class SAE(nn.Module):
         """What each latent's encoder product exceeds on the share `share` of the tokens `x`."""
         keep = max(1, min(len(x), round(share * len(x))))
         centred = x - self.b_dec
-        parts = [(centred @ self.W_enc[:, part]).topk(keep, dim=0).values[-1] for part in self.latent_chunks(1024)]
+        parts = [
+            (centred @ self.W_enc[:, part]).topk(keep, dim=0).values[-1] for part in self.latent_chunks(1024)
+        ]
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -200,6 +208,13 @@ class SAE(nn.Module):
         self.W_enc.mul_(scale)
         self.W_dec.div_(scale)
         self.b_dec.div_(scale)
+
+    @torch.no_grad()
+    def jumprelu_weights(self) -> dict[str, Tensor]:
+        """W_enc, W_dec, b_enc, b_dec and threshold of the same function as ReLU latents with thresholds."""
+        weights = {name: self.get_parameter(name).clone() for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+        cut = torch.zeros_like(weights["b_enc"]) if self.threshold is None else self.threshold.clone()
+        return {**weights, "threshold": cut}
 
     def latent_chunks(self, size: int = 4096) -> Iterator[slice]:
         """Slices over the latents, for work that would need too much memory at once."""

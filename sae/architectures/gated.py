@@ -25,6 +25,7 @@ class Gated(Sparsity):
     """A gate that says which latents are active, tied to the magnitudes that say how much."""
 
     name: ClassVar[str] = "gated"
+    saelens_architecture: ClassVar[str] = "gated"
 
     def build(self, d_in: int) -> SAE:
         return GatedSAE(self, d_in)
@@ -47,6 +48,18 @@ class GatedSAE(SAE):
     def _encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         product = (x - self.b_dec) @ self.W_enc
         return torch.relu(self.r_mag.exp() * product + self.b_mag) * (product + self.b_gate > 0)
+
+    @torch.no_grad()
+    def jumprelu_weights(self) -> dict[str, Tensor]:
+        rate = self.r_mag.exp()
+        cut = torch.relu(self.b_mag - rate * self.b_gate)
+        return {
+            "W_enc": self.W_enc * rate,
+            "W_dec": self.W_dec.clone(),
+            "b_enc": self.b_mag.clone(),
+            "b_dec": self.b_dec.clone(),
+            "threshold": cut if self.threshold is None else torch.maximum(cut, self.threshold),
+        }
 
     @torch.no_grad()
     def initialise(self, x: Tensor, mean: Tensor, generator: torch.Generator) -> None:

@@ -31,6 +31,7 @@ class TopK(Config):
     """α; 0 leaves dead latents dead."""
 
     name: ClassVar[str] = "topk"
+    saelens_architecture: ClassVar[str] = "topk"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +54,8 @@ class TopKSAE(SAE):
 
     def _encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         pre = (x - self.b_dec) @ self.W_enc + self.b_enc
+        if self.threshold is not None:
+            return pre.relu_()
         values, indices = pre.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter_(-1, indices, values.relu())
 
