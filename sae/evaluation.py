@@ -2,7 +2,7 @@
 
     evaluation = evaluate(model, sae, held_out, "blocks.2.hook_resid_post")
     evaluation.fvu, evaluation.delta_ce, evaluation.intervals["fvu"]
-    evaluate_all(model, {"trained": sae, "random": random_sae(sae, acts)}, held_out, site)
+    evaluate_nulls(model, sae, held_out, site)                            # beside what it has to beat
 
 One pass over the text. Each batch is run once as it is, which gives the activations and the outputs, once
 with the activations of the tokens that count set to zero, once to their mean, and once for each SAE with its
@@ -20,7 +20,7 @@ final states turned into is in `final_cosine`, as it is for every model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae import thresholds
 from sae.architectures import SAE
 from steerkit.activations import TokenBatch, Tokenization, collect, is_sink, token_batches
 from steerkit.data import Documents, load_documents
 from steerkit.errors import InputError, NumericsError
 from steerkit.models import HookedModel
-from steerkit.runs import write_json
+from steerkit.runs import progress, write_json
 from steerkit.stats import Interval, jackknife
 
 DEAD_TOKENS = 200_000
@@ -81,6 +82,10 @@ class Evaluation:
     ce_recovered_mean: float | None
     kl: float | None
     """KL(clean ‖ spliced) of the predictions, nats."""
+    kl_zero: float | None
+    kl_mean: float | None
+    fvu_zero: float
+    """Σ‖x‖² / Σ‖x - x̄‖², what zeros leave unexplained; the mean leaves 1."""
     tokens: int
     """Tokens that count: reconstructed and spliced."""
     predicted: int
@@ -92,13 +97,13 @@ class Evaluation:
     """Norm above which a token was left out as a sink."""
     intervals: Mapping[str, Interval] = field(repr=False)
     """95 % intervals of some of the above, jackknifed over documents."""
-    density: Float[np.ndarray, " d_sae"] = field(repr=False)
+    density: Float[Tensor, " d_sae"] = field(repr=False)
     """Share of tokens on which each latent is active."""
 
     def density_histogram(self) -> dict[str, list[float]]:
         """Counts of latents per half decade of density; silent ones are in none."""
         edges = np.arange(-7, 0.5, 0.5)
-        counts, _ = np.histogram(np.log10(self.density[self.density > 0]), bins=edges)
+        counts, _ = np.histogram(self.density[self.density > 0].log10().numpy(), bins=edges)
         return {"log10_edges": edges.tolist(), "counts": counts.tolist()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,6 +155,7 @@ def evaluate(
     tokens: int = DEAD_TOKENS,
     sink_threshold: float | None = None,
     batch_tokens: int = 8192,
+    quiet: bool = True,
 ) -> Evaluation:
     """Measure an SAE on `tokens` held-out tokens. `documents` are all used as they are: hold them out before.
 
@@ -157,10 +163,18 @@ def evaluate(
     than `DEAD_TOKENS` tokens `dead_fraction` is an upper bound, unless there is no more text. Raises
     InputError when no token is left or the SAE does not fit the site, NumericsError on NaN or inf.
     """
-    settings: dict[str, Any] = {"tokenization": tokenization, "tokens": tokens, "batch_tokens": batch_tokens}
-    return evaluate_all(model, {"sae": sae}, documents, site, sink_threshold=sink_threshold, **settings)[
-        "sae"
-    ]
+    found = evaluate_all(
+        model,
+        {"sae": sae},
+        documents,
+        site,
+        tokenization=tokenization,
+        tokens=tokens,
+        sink_threshold=sink_threshold,
+        batch_tokens=batch_tokens,
+        quiet=quiet,
+    )
+    return found["sae"]
 
 
 @torch.no_grad()
@@ -174,6 +188,7 @@ def evaluate_all(
     tokens: int = DEAD_TOKENS,
     sink_threshold: float | None = None,
     batch_tokens: int = 8192,
+    quiet: bool = True,
 ) -> dict[str, Evaluation]:
     """`evaluate` for several SAEs of one site in one pass: the clean and the ablated runs are shared."""
     documents = load_documents(documents)
@@ -196,9 +211,146 @@ def evaluate_all(
         sink_threshold = lot.sink_threshold
     sums = _Sums(model, saes, len(documents), lot.mean, sink_threshold)
     batches = token_batches(model, documents, tokenization, batch_tokens=batch_tokens, max_tokens=tokens)
-    for number, batch in enumerate(batches):
-        _evaluate_batch(model, saes, site, batch, number, sums)
+    with progress(tokens, "evaluation", quiet=quiet) as bar:
+        for number, batch in enumerate(batches):
+            _evaluate_batch(model, saes, site, batch, number, sums)
+            bar.advance(batch.n_kept)
     return {name: sums.evaluation(name) for name in saes}
+
+
+@torch.no_grad()
+def random_sae(like: SAE, acts: Float[Tensor, "n d_in"], *, seed: int = 0) -> SAE:
+    """The null for an SAE: the same architecture, width and mean L0 on `acts`, but random.
+
+    Decoder rows are random unit vectors, the encoder their transpose, the decoder bias the mean of `acts`;
+    thresholds per latent cut every latent alike until the L0 is that of `like`; then the decoder is scaled by
+    the one factor that fits `acts` best.
+    """
+    acts = acts.to(like.device, like.dtype)
+    found = like.config.build(like.d_in).to(like.device, like.dtype).requires_grad_(False).eval()
+    rows = torch.randn(like.d_sae, like.d_in, generator=torch.Generator().manual_seed(seed)).to(acts)
+    found.W_dec.copy_(F.normalize(rows, dim=1))
+    found.W_enc.copy_(found.W_dec.T)
+    found.b_dec.copy_(acts.mean(0))
+    l0, wanted = thresholds.mean_l0(found, acts), thresholds.mean_l0(like, acts)
+    if l0 > wanted:
+        found.threshold = thresholds.strongest(found, acts, wanted / l0)
+    found.W_dec.mul_(_best_factor(found, acts))
+    found.metadata = {**like.metadata, "null": "random SAE", "null_seed": seed}
+    return found
+
+
+def _best_factor(sae: SAE, acts: Tensor) -> float:
+    """argmin_s Σ‖x - b - s (x̂ - b)‖² over `acts`."""
+    part_of_x = of_squares = 0.0
+    for x in acts.split(max(1, _ENTRIES // sae.d_sae)):
+        direction = sae(x) - sae.b_dec
+        part_of_x += float(((x - sae.b_dec) * direction).sum(dtype=torch.float64))
+        of_squares += float(direction.square().sum(dtype=torch.float64))
+    return part_of_x / of_squares if of_squares else 1.0
+
+
+@dataclass(frozen=True)
+class Null:
+    """One line of `NullTable`."""
+
+    name: str
+    l0: float | None
+    fvu: float | None
+    delta_ce: float | None
+    ce_recovered: float | None
+    kl: float | None
+    final_cosine: float
+
+
+@dataclass(frozen=True, repr=False)
+class NullTable:
+    """An SAE beside what it has to beat."""
+
+    rows: tuple[Null, ...]
+    evaluations: Mapping[str, Evaluation]
+    """Name -> evaluation, of those lines that are of SAEs."""
+
+    def __getitem__(self, name: str) -> Null:
+        return next(row for row in self.rows if row.name == name)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        return [asdict(row) for row in self.rows]
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict()` as JSON."""
+        write_json(path, self.to_dict())
+
+    def __repr__(self) -> str:
+        names = [f.name for f in fields(Null)][1:]
+        width = max(len(row.name) for row in self.rows)
+        lines = ["".join([" " * width, *(f"{name:>14}" for name in names)])]
+        for row in self.rows:
+            values = (getattr(row, name) for name in names)
+            cells = ("–" if value is None else f"{value:.4g}" for value in values)
+            lines.append("".join([f"{row.name:<{width}}", *(f"{cell:>14}" for cell in cells)]))
+        return "\n".join(lines)
+
+
+def evaluate_nulls(
+    model: HookedModel,
+    sae: SAE,
+    documents: Documents | Sequence[str],
+    site: str,
+    *,
+    random_model_sae: SAE | None = None,
+    random_model_seed: int = 0,
+    seed: int = 0,
+    tokenization: Tokenization | None = None,
+    tokens: int = DEAD_TOKENS,
+    sink_threshold: float | None = None,
+    batch_tokens: int = 8192,
+    quiet: bool = True,
+) -> NullTable:
+    """The SAE beside a random one of the same sparsity, mean ablation and zeros, on the same tokens.
+
+    `random_model_sae` is an SAE trained on `model.randomized(random_model_seed)`: it gets a line in the model
+    itself, and one on the random model, where cross-entropies mean little and the FVU is the baseline.
+    """
+    documents = load_documents(documents)
+    check_fits(model, sae, site)
+    settings: dict[str, Any] = {"tokenization": tokenization, "batch_tokens": batch_tokens}
+    acts = collect(model, documents, site, max_tokens=min(tokens, _FIRST_LOT), **settings)[site]
+    saes = {"trained": sae, "random SAE": random_sae(sae, acts.float(), seed=seed)}
+    if random_model_sae is not None:
+        saes["SAE of the random model"] = random_model_sae
+    settings |= {"tokens": tokens, "quiet": quiet}
+    found = evaluate_all(model, saes, documents, site, sink_threshold=sink_threshold, **settings)
+    if random_model_sae is not None:
+        random_model = model.randomized(random_model_seed)
+        found["the same, on the random model"] = evaluate(
+            random_model, random_model_sae, documents, site, **settings
+        )
+    names = [f.name for f in fields(Null)][1:]
+    rows = [Null(name, *(getattr(evaluation, key) for key in names)) for name, evaluation in found.items()]
+    return NullTable((*rows, *_ablations(found["trained"])), found)
+
+
+def _ablations(found: Evaluation) -> tuple[Null, Null]:
+    """The lines of mean ablation and of zeros, from the evaluation of any SAE."""
+
+    def less(ce: float | None) -> float | None:
+        return None if ce is None or found.ce_clean is None else ce - found.ce_clean
+
+    mean, zero = less(found.ce_mean), less(found.ce_zero)
+    recovered = 1 - mean / zero if mean is not None and zero else None
+    return (
+        Null("mean ablation", None, 1.0, mean, recovered, found.kl_mean, found.final_cosine_mean),
+        Null(
+            "zero",
+            None,
+            found.fvu_zero,
+            zero,
+            None if zero is None else 0.0,
+            found.kl_zero,
+            found.final_cosine_zero,
+        ),
+    )
 
 
 def check_fits(model: HookedModel, sae: SAE, site: str, name: str = "sae") -> None:
@@ -414,20 +566,22 @@ class _Sums:
         }
         total = {key: float(values.sum()) for key, values in site.items()}
         mean_x, mean_found = (self.vectors[key].cpu().numpy() / n for key in ("x", name))
+        mean_all = self.centre.double().numpy() + mean_x
         # The sums were taken about the centre; x̄ is the centre plus mean_x.
         variance = self.column("site", "variance").sum() - n * float(mean_x @ mean_x)
         square = total["square"] - 2 * n * float(mean_found @ mean_x) + n * float(mean_x @ mean_x)
         aligned = total["aligned"] - n * float(mean_found @ mean_x)
         cosines = {key: self._mean("cosine", key) for key in (name, "zero", "mean")}
-        density = self.counts[name].numpy() / n
+        density = self.counts[name].double() / n
         return Evaluation(
             l0=total["l0"] / n,
             l1=total["l1"] / n,
             fvu=total["error"] / variance if variance > 0 else float("nan"),
+            fvu_zero=1 + n * float(mean_all @ mean_all) / variance if variance > 0 else float("nan"),
             cosine=total["cosine"] / n,
             norm_ratio=total["ratio"] / n,
             shrinkage=square / aligned if aligned > 0 else None,
-            dead_fraction=float((density == 0).mean()),
+            dead_fraction=float((density == 0).double().mean()),
             final_cosine=cosines[name],
             final_cosine_zero=cosines["zero"],
             final_cosine_mean=cosines["mean"],
@@ -452,6 +606,8 @@ class _Sums:
             "ce_recovered",
             "ce_recovered_mean",
             "kl",
+            "kl_zero",
+            "kl_mean",
         )
         predicted = int(self.column("ce", "n").sum())
         if not predicted:
@@ -465,7 +621,7 @@ class _Sums:
             spliced - clean,
             _share(zero - spliced, zero - clean),
             _share(mean - spliced, mean - clean),
-            self._mean("kl", name),
+            *(self._mean("kl", key) for key in (name, "zero", "mean")),
         )
         predicts = "next token" if self.model.is_causal else "own token"
         return {**dict(zip(keys, values)), "predicted": predicted, "predicts": predicts}
