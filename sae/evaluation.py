@@ -233,7 +233,7 @@ def random_sae(like: SAE, acts: Float[Tensor, "n d_in"], *, seed: int = 0) -> SA
     found.W_enc.copy_(found.W_dec.T)
     found.b_dec.copy_(acts.mean(0))
     l0, wanted = thresholds.mean_l0(found, acts), thresholds.mean_l0(like, acts)
-    if l0 > wanted:
+    if like.threshold is not None or l0 > wanted:
         found.threshold = thresholds.strongest(found, acts, wanted / l0)
     found.W_dec.mul_(_best_factor(found, acts))
     found.metadata = {**like.metadata, "null": "random SAE", "null_seed": seed}
@@ -555,7 +555,7 @@ class _Sums:
         return np.zeros(self.n_documents) if found is None else found.cpu().numpy()
 
     def evaluation(self, name: str) -> Evaluation:
-        n = self.column("site", "n").sum()
+        n = int(self.column("site", "n").sum())
         if not n:
             raise InputError(
                 "Not one held-out token is left without special and sink tokens: nothing to evaluate."
@@ -586,7 +586,7 @@ class _Sums:
             final_cosine_zero=cosines["zero"],
             final_cosine_mean=cosines["mean"],
             **self._cross_entropies(name),
-            tokens=int(n),
+            tokens=n,
             documents=int((self.column("site", "n") > 0).sum()),
             sink_threshold=self.sink_threshold,
             intervals=self._intervals(name, variance),

@@ -7,6 +7,9 @@ Common ground of `sae.pruning` and of the random SAE that evaluations stand besi
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,38 +17,40 @@ from torch import Tensor
 from sae.architectures import SAE
 
 _ENTRIES = 1 << 24
+"""Latents that are computed at once."""
+CALIBRATION_ENTRIES = 1 << 28
+"""Latents that are held at once: activations beyond that are not looked at."""
 
 
 @torch.no_grad()
 def strongest(sae: SAE, acts: Float[Tensor, "n d_in"], share: float) -> Float[Tensor, " d_sae"]:
-    """Thresholds above which lie the strongest `share` of each latent's activations on `acts`; 0 for a latent
-    that is silent there or keeps all of them.
+    """Thresholds under which each latent keeps `share` of the activations that it has on `acts`, the strongest.
 
-    Of m activations the strongest round(share · m) are kept; ties at the threshold fall with it.
+    A latent that is active on m tokens is, with its threshold, active on round(share · m) of them (fewer if
+    activations tie). A TopK SAE with thresholds is no longer limited to k latents a token; its densities and
+    its mean L0 are what they would be.
     """
+    acts = acts[: max(1, CALIBRATION_ENTRIES // sae.d_sae)]
+    bare = copy.deepcopy(sae)
+    bare.threshold = torch.zeros(sae.d_sae, device=sae.device, dtype=sae.dtype)
+    counts = sum((part > 0).sum(0) for part in encoded(sae, acts))
+    latents = torch.cat(list(encoded(bare, acts)))
+    keep = (counts * share).round().long()
     found = torch.zeros(sae.d_sae, device=sae.device, dtype=sae.dtype)
-    for part, columns in _columns(sae, acts):
-        ordered = columns.sort(dim=0, descending=True).values
-        active = (columns > 0).sum(0)
-        keep = (active * share).round().long()
-        first_dropped = ordered.gather(0, keep.clamp(max=len(acts) - 1)[None])[0]
-        found[part] = torch.where(keep < active, first_dropped, torch.zeros_like(first_dropped))
+    for part in sae.latent_chunks(max(1, _ENTRIES // len(acts))):
+        ordered = latents[:, part].sort(dim=0, descending=True).values
+        found[part] = ordered.gather(0, keep[part].clamp(max=len(acts) - 1)[None])[0]
+    found[keep >= len(acts)] = 0
     return found
 
 
 @torch.no_grad()
 def mean_l0(sae: SAE, acts: Float[Tensor, "n d_in"]) -> float:
     """Active latents a token."""
-    chunk = max(1, _ENTRIES // sae.d_sae)
-    return sum(int((encode(sae, part) > 0).sum()) for part in acts.split(chunk)) / len(acts)
+    return sum(int((latents > 0).sum()) for latents in encoded(sae, acts)) / len(acts)
 
 
-def encode(sae: SAE, acts: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
-    """Latents of activations that may lie on another device or be of another dtype."""
-    return sae.encode(acts.to(sae.device, sae.dtype))
-
-
-def _columns(sae: SAE, acts: Tensor) -> list[tuple[slice, Tensor]]:
-    """The latents' activations, a few latents at a time. Encoders are run whole (top-k needs all latents)."""
-    latents = torch.cat([encode(sae, part) for part in acts.split(max(1, _ENTRIES // sae.d_sae))])
-    return [(part, latents[:, part]) for part in sae.latent_chunks(max(1, _ENTRIES // len(acts)))]
+def encoded(sae: SAE, acts: Float[Tensor, "n d_in"]) -> Iterator[Float[Tensor, "part d_sae"]]:
+    """The latents of activations, a part of the tokens at a time."""
+    for part in acts.split(max(1, _ENTRIES // sae.d_sae)):
+        yield sae.encode(part.to(sae.device, sae.dtype))
