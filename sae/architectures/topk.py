@@ -10,6 +10,7 @@ without the ReLU, so that a latent that is never positive learns too.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -155,29 +156,23 @@ class SparseRows(ScatteredRows):
         self.ends = torch.arange(0, self.n * self.k + 1, self.k, device=indices.device)
 
     def times(self, values: Tensor, matrix: Tensor) -> Tensor:
-        sparse = torch.sparse_csr_tensor(
-            self.ends, self.indices.flatten(), values.flatten(), (self.n, self.d_sae), check_invariants=False
-        )
-        return sparse @ matrix
+        return self._matrix(values) @ matrix
 
     def sample(self, left: Tensor, right: Tensor) -> Tensor:
-        pattern = torch.sparse_csr_tensor(
-            self.ends,
-            self.indices.flatten(),
-            left.new_zeros(self.n * self.k),
-            (self.n, self.d_sae),
-            check_invariants=False,
-        )
+        pattern = self._matrix(left.new_zeros(self.n * self.k))
         return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values().view(self.n, self.k)
 
     def transposed_times(self, a: Tensor, left: Tensor, b: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        def transposed(values: Tensor) -> Tensor:
-            return torch.sparse_csr_tensor(
-                self.starts,
-                self.rows,
-                values.flatten()[self.order],
-                (self.d_sae, self.n),
-                check_invariants=False,
-            )
+        return self._transpose(a) @ left, (self._transpose(b) @ right).T.contiguous()
 
-        return transposed(a) @ left, (transposed(b) @ right).T.contiguous()
+    def _matrix(self, values: Tensor) -> Tensor:
+        return _csr(self.ends, self.indices.flatten(), values.flatten(), (self.n, self.d_sae))
+
+    def _transpose(self, values: Tensor) -> Tensor:
+        return _csr(self.starts, self.rows, values.flatten()[self.order], (self.d_sae, self.n))
+
+
+def _csr(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(rows, columns, values, shape, check_invariants=False)

@@ -1,0 +1,135 @@
+"""Activations with a known dictionary, as a stream; and a run that is killed again and again (`python synthetic.py OUT`)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from steerkit.activations import Statistics
+
+SITE = "site"
+
+
+class SparseStream:
+    """x = Σ_i f_i d_i + mean + noise, with k of n features active a token; `kind` says how often each is, and how strongly."""
+
+    def __init__(self, kind: str = "even", *, d: int = 32, n: int = 96, k: int = 4, batch_size: int = 512, scale: float = 1.0) -> None:
+        generator = torch.Generator().manual_seed(11)
+        self.dictionary = torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1)
+        self.offset = 0.5 * torch.randn(d, generator=generator)
+        self.kind, self.k, self.batch_size, self.scale = kind, k, batch_size, scale
+        self.frequencies = torch.ones(n) if kind == "even" else 1 / torch.arange(1, n + 1).float()
+        self.batches = 0
+        self.seconds_model = 0.0
+        self.nan_at: int | None = None
+
+    def sample(self, number: int, n: int | None = None) -> torch.Tensor:
+        """Batch `number`, (n, d)."""
+        n = n or self.batch_size
+        generator = torch.Generator().manual_seed(number)
+        active = torch.multinomial(self.frequencies.expand(n, -1), self.k, generator=generator)
+        strength = torch.rand(n, self.k, generator=generator)
+        strength = 0.5 - strength.log() if self.kind == "heavy" else 0.5 + strength
+        latents = torch.zeros(n, len(self.dictionary)).scatter_(1, active, strength)
+        noise = 0.02 * torch.randn(n, self.dictionary.shape[1], generator=generator)
+        return self.scale * (latents @ self.dictionary + self.offset + noise)
+
+    def held_out(self, n: int = 4096) -> torch.Tensor:
+        return self.sample(10**9, n)
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        batch = self.sample(self.batches)
+        if self.batches == self.nan_at:
+            batch[3, 1] = float("nan")
+        self.batches += 1
+        return {SITE: batch}
+
+    def statistics(self, site: str) -> Statistics:
+        return Statistics.of(self.sample(10**9 + 1, 4096), site, None)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batches = state["batches"]
+
+    def close(self) -> None:
+        pass
+
+
+def _train(out: Path, resume: bool) -> None:
+    import sae
+    from steerkit import HookedModel, load_documents
+
+    model = HookedModel.from_pretrained("storyworld", device="cpu")
+    texts = list(load_documents("storyworld")[:80])
+    sae.train(
+        model,
+        texts,
+        "blocks.0.hook_resid_pre",
+        sae.Gated(d_sae=160, target_l0=8),
+        12_000,
+        out,
+        batch_size=192,
+        block_tokens=2048,
+        held_out_tokens=300,
+        log_every=3,
+        checkpoint_seconds=0.0,
+        resume=resume,
+        quiet=True,
+    )
+
+
+def _in_child(out: Path, resume: bool, kill: random.Random | None) -> bool:
+    """Train in a forked child; with `kill`, SIGKILL it some time after it went beyond the checkpoints that it found. Whether it ended."""
+    before = {path.name for path in (out / "checkpoint").glob("step-*")}
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            _train(out, resume)
+            status = 0
+        finally:
+            os._exit(status)
+    if kill is not None:
+        while not {path.name for path in (out / "checkpoint").glob("step-*")} - before:
+            if os.waitpid(child, os.WNOHANG)[0]:
+                return (out / "summary.json").exists()
+            time.sleep(0.001)
+        time.sleep(kill.uniform(0.0, 0.25))
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert kill is not None or status == 0, f"the child ended with {status}"
+    return (out / "summary.json").exists()
+
+
+def _digest(run: Path) -> str:
+    return hashlib.sha256((run / "sae_weights.safetensors").read_bytes()).hexdigest()
+
+
+def main() -> None:
+    """Print the digests of an uninterrupted run's weights and of a run that was killed, and how often it was."""
+    torch.set_num_threads(1)
+    import sae  # noqa: F401 – once, before the forks
+    import steerkit.models  # noqa: F401
+
+    out, kills = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
+    _in_child(out / "whole", False, None)
+    n_kills = 0
+    for _ in range(5):
+        if _in_child(out / "killed", True, kills):
+            break
+        n_kills += 1
+    _in_child(out / "killed", True, None)
+    print(_digest(out / "whole"), _digest(out / "killed"), n_kills)
+
+
+if __name__ == "__main__":
+    main()
