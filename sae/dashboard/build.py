@@ -1,0 +1,346 @@
+"""Writes the files of a dashboard.
+
+    index.html          the page, and what it shows first: summary, table of latents
+    assets/             plotly.min.js, script and style
+    data/tokens.js      texts of token ids
+    data/latents-N.js   64 latents each
+    data/rows-N.js      rows of text as token ids, each stored once, whichever latents show it
+
+Pages opened from disk may not fetch files, but may load scripts: each data file is a call of
+`window.__shard(name, data)`, loaded when a latent needs it. All text that comes from data is set as text, never as
+HTML, and in scripts `<`, `>` and `&` are escaped, so no token can break out.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sae.architectures.base import SAE
+from sae.dashboard.pieces import readable_tokens, token_style
+from sae.latents import LatentStats, collect_latents
+from steerkit.activations import Tokenization
+from steerkit.data import Documents
+from steerkit.errors import InputError
+from steerkit.models import HookedModel
+from steerkit.plots import copy_plotly, plotly_source, script_json, theme_css, theme_js
+from steerkit.runs import atomic_path, atomic_write, jsonable, write_json
+
+LATENTS_A_SHARD = 64
+TOKENS_A_SHARD = 65_536
+SINGLE_FILE_BYTES = 50_000_000
+MARKER = "steerkit-dashboard.json"
+_GENERATOR = '<meta name="generator" content="steerkit dashboard">'
+
+
+def build(
+    model: HookedModel,
+    sae: SAE,
+    documents: Documents | Sequence[str] | str,
+    site: str,
+    out: str | Path,
+    *,
+    tokenization: Tokenization | None = None,
+    tokens: int = 200_000,
+    sink_threshold: float | None = None,
+    seed: int = 0,
+    latents: str | Sequence[int] = "all",
+    single_file: bool = False,
+    summary: Mapping[str, Any] | None = None,
+    concepts: Mapping[int, tuple[str, float]] | None = None,
+    stats: LatentStats | None = None,
+    title: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Write a dashboard into the directory `out` and return the path of its page.
+
+    `latents` is "all" (all that are alive), "top:N" (the N active most often) or a list. `summary` holds figures
+    for the head of the page (`summary.json` of a run), `concepts` what a latent is about: (name, AUROC).
+    `stats` are statistics collected before, else they are collected here. With `single_file` everything is in
+    one file, `out` itself if it ends in .html.
+
+    An earlier dashboard at `out` is replaced. Raises InputError when `out` holds anything else, when a latent
+    does not exist, or when a single file would exceed 50 MB.
+    """
+    out = Path(out)
+    _check_target(out, single_file)
+    if model.tokenizer is None:
+        raise InputError(f"{model.name} has no tokenizer: load the model with tokenizer=….")
+    chosen = _parse_latents(latents, sae.d_sae)
+    if stats is None:
+        stats = collect_latents(
+            model,
+            sae,
+            documents,
+            site,
+            tokenization=tokenization,
+            tokens=tokens,
+            sink_threshold=sink_threshold,
+            seed=seed,
+            quiet=quiet,
+        )
+    if stats.d_sae != sae.d_sae:
+        raise InputError(f"The statistics are of {stats.d_sae} latents, the SAE has {sae.d_sae}.")
+    ids = _select(chosen, stats)
+    content = _Content(model, sae, stats, ids, dict(concepts or {}))
+    content.head |= {
+        "title": title or f"{sae.arch} SAE of {stats.info['model']}",
+        "subtitle": f"{stats.info['model']} · {stats.info['site']}",
+        "summary": jsonable(_summary(sae, stats, summary or {})),
+        "provenance": jsonable({**stats.info, **(provenance or {})}),
+    }
+    if single_file:
+        return _write_single(out, content)
+    return _write_directory(out, content)
+
+
+class _Content:
+    """What the page shows, as plain data: `head` at once, `shards` when they are needed."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        sae: SAE,
+        stats: LatentStats,
+        ids: np.ndarray,
+        concepts: dict[int, tuple[str, float]],
+    ) -> None:
+        self.stats, self.ids = stats, ids
+        self.row_number: dict[int, int] = {}
+        self.rows: list[np.ndarray] = []
+        self.used_tokens: set[int] = set()
+        self.shards: dict[str, Any] = {}
+        for start in range(0, len(ids), LATENTS_A_SHARD):
+            part = ids[start : start + LATENTS_A_SHARD]
+            self.shards[f"latents-{start // LATENTS_A_SHARD}"] = [self._latent(int(i)) for i in part]
+        row_shards = self._row_shards()
+        lists = stats.token_ids[ids].flatten().tolist()
+        self.used_tokens.update(i for i in lists if i >= 0)
+        used = sorted(self.used_tokens)
+        self.shards["tokens"] = {"ids": used, "text": readable_tokens(model.tokenizer, used)}
+        top = [int(i) for i in sorted({i for i in stats.token_ids[ids, :4].flatten().tolist() if i >= 0})]
+        described = [concepts.get(int(i)) for i in ids]
+        self.head: dict[str, Any] = {
+            "d_sae": stats.d_sae,
+            "tokens": stats.n_tokens,
+            "style": token_style(model.tokenizer),
+            "special": sorted(model.special_ids & self.used_tokens),
+            "edges": _rounded(stats.edges),
+            "per_shard": LATENTS_A_SHARD,
+            "row_shards": row_shards,
+            "dead": np.flatnonzero(stats.count == 0).tolist(),
+            "n_alive": int((stats.count > 0).sum()),
+            "top_text": [top, readable_tokens(model.tokenizer, top)],
+            "table": {
+                "id": ids.tolist(),
+                "count": stats.count[ids].tolist(),
+                "max": _rounded(stats.maximum[ids]),
+                "mean": _rounded(stats.mean[ids]),
+                "tokens": [[t for t in line if t >= 0] for line in stats.token_ids[ids, :4].tolist()],
+                "concept": [c and str(c[0]) for c in described] if concepts else None,
+                "auroc": [c and round(float(c[1]), 4) for c in described] if concepts else None,
+            },
+        }
+
+    def _latent(self, i: int) -> dict[str, Any]:
+        stats = self.stats
+        latent: dict[str, Any] = {
+            "enc": round(float(stats.encoder_cosine[i]), 3),
+            "hist": stats.histogram[i].tolist(),
+            "near": [
+                [int(j), round(float(cosine), 3)]
+                for j, cosine in zip(stats.neighbours[i], stats.neighbour_cosine[i])
+                if j >= 0
+            ],
+            "tokens": [
+                [int(token), round(float(share), 4), _short(mean), int(count)]
+                for token, share, mean, count in zip(
+                    stats.token_ids[i], stats.token_share[i], stats.token_mean[i], stats.token_count[i]
+                )
+                if token >= 0
+            ],
+            "examples": [self._example(k) for k in range(stats.example_start[i], stats.example_start[i + 1])],
+        }
+        if stats.logit_ids is not None and stats.logit_values is not None:
+            self.used_tokens.update(stats.logit_ids[i].tolist())
+            latent["logits"] = [stats.logit_ids[i].tolist(), _rounded(stats.logit_values[i])]
+        return latent
+
+    def _example(self, k: int) -> list[Any]:
+        """[interval, row, position, activation, offset of the window's first active token, activations in hex]"""
+        stats = self.stats
+        window = stats.example_window[k]
+        active = np.flatnonzero(window)
+        first, end = (int(active[0]), int(active[-1]) + 1) if len(active) else (len(window) // 2, 0)
+        return [
+            int(stats.example_interval[k]),
+            self._row(int(stats.example_row[k])),
+            int(stats.example_position[k]),
+            _short(stats.example_activation[k]),
+            first - len(window) // 2,
+            window[first:end].tobytes().hex(),
+        ]
+
+    def _row(self, row: int) -> int:
+        if row not in self.row_number:
+            self.row_number[row] = len(self.rows)
+            self.rows.append(self.stats.row(row))
+        return self.row_number[row]
+
+    def _row_shards(self) -> list[int]:
+        """Fills the shards of rows; the first row of each."""
+        firsts: list[int] = []
+        n = TOKENS_A_SHARD
+        for number, row in enumerate(self.rows):
+            if n + len(row) > TOKENS_A_SHARD:
+                firsts.append(number)
+                n = 0
+            n += len(row)
+            self.shards.setdefault(f"rows-{len(firsts) - 1}", []).append(row.tolist())
+            self.used_tokens.update(row.tolist())
+        return firsts
+
+
+def _write_directory(out: Path, content: _Content) -> Path:
+    with atomic_path(out) as folder:
+        (folder / "data").mkdir(parents=True)
+        (folder / "assets").mkdir()
+        copy_plotly(folder / "assets")
+        (folder / "assets" / "style.css").write_text(_style(), encoding="utf-8")
+        (folder / "assets" / "app.js").write_text(_script(), encoding="utf-8")
+        for name, data in content.shards.items():
+            (folder / "data" / f"{name}.js").write_text(_shard(name, data), encoding="utf-8")
+        page = _page(
+            content.head["title"],
+            '<link rel="stylesheet" href="assets/style.css">',
+            f"<script>{_shard('head', content.head)}</script>\n"
+            '<script src="assets/plotly.min.js"></script>\n<script src="assets/app.js"></script>',
+        )
+        (folder / "index.html").write_text(page, encoding="utf-8")
+        write_json(folder / MARKER, {"format": 1, "latents": len(content.ids)})
+    return out / "index.html"
+
+
+def _write_single(out: Path, content: _Content) -> Path:
+    shards = {"head": content.head, **content.shards}
+    data = "\n".join(f"<script>{_shard(name, part)}</script>" for name, part in shards.items())
+    plotly = plotly_source().replace("</script", "<\\/script")
+    page = _page(
+        content.head["title"],
+        f"<style>{_style()}</style>",
+        f"{data}\n<script>{plotly}</script>\n<script>{_script()}</script>",
+    )
+    size = len(page.encode())
+    if size > SINGLE_FILE_BYTES:
+        fitting = max(1, int(len(content.ids) * (SINGLE_FILE_BYTES - 6e6) / size))
+        raise InputError(
+            f"A single file of {len(content.ids):,} latents would have {size / 1e6:.0f} MB, more than "
+            f"{SINGLE_FILE_BYTES / 1e6:.0f}: choose fewer (--latents top:{fitting}) or leave out --single-file."
+        )
+    if out.suffix == ".html":
+        atomic_write(out, page)
+        return out
+    with atomic_path(out) as folder:
+        folder.mkdir()
+        (folder / "index.html").write_text(page, encoding="utf-8")
+        write_json(folder / MARKER, {"format": 1, "latents": len(content.ids)})
+    return out / "index.html"
+
+
+def _page(title: str, style: str, scripts: str) -> str:
+    template = _asset("index.html")
+    parts = {"<!-- title -->": html.escape(title), "<!-- style -->": _GENERATOR + "\n" + style}
+    for mark, text in parts.items():
+        template = template.replace(mark, text)
+    before, after = template.split("<!-- scripts -->")
+    return before + scripts + after
+
+
+def _shard(name: str, data: Any) -> str:
+    return (
+        "window.__shards=window.__shards||{};window.__shard=window.__shard||"
+        "function(n,d){window.__shards[n]=d};"
+        f"window.__shard({json.dumps(name)},{script_json(data)});"
+    )
+
+
+def _style() -> str:
+    return theme_css() + _asset("style.css")
+
+
+def _script() -> str:
+    return theme_js() + _asset("app.js")
+
+
+def _asset(name: str) -> str:
+    return (files("sae.dashboard") / "assets" / name).read_text(encoding="utf-8")
+
+
+def _check_target(out: Path, single_file: bool) -> None:
+    """InputError unless `out` is new, empty or an earlier dashboard."""
+    if out.suffix == ".html" and single_file:
+        if out.is_dir() or (out.exists() and _GENERATOR.encode() not in out.read_bytes()[:4096]):
+            raise InputError(f"{out} exists and is no dashboard of steerkit: give another name.")
+        return
+    if out.is_file():
+        raise InputError(f"{out} is a file: give a directory for the dashboard.")
+    if out.is_dir() and any(out.iterdir()) and not (out / MARKER).exists():
+        raise InputError(f"{out} is not empty and holds no dashboard: give another directory.")
+
+
+def _parse_latents(latents: str | Sequence[int], d_sae: int) -> int | list[int] | None:
+    """None for all, a number for the top ones, or the latents themselves."""
+    if isinstance(latents, str):
+        if latents == "all":
+            return None
+        kind, _, number = latents.partition(":")
+        if kind == "top" and number.isdigit() and int(number) > 0:
+            return int(number)
+        raise InputError(f"latents is {latents!r}: give 'all', 'top:512' or a list of numbers.")
+    chosen = list(dict.fromkeys(int(i) for i in latents))
+    wrong = [i for i in chosen if not 0 <= i < d_sae]
+    if wrong:
+        raise InputError(f"There is no latent {wrong[0]}: the SAE has latents 0–{d_sae - 1}.")
+    if not chosen:
+        raise InputError("The list of latents is empty: give at least one, or 'all'.")
+    return chosen
+
+
+def _select(chosen: int | list[int] | None, stats: LatentStats) -> np.ndarray:
+    if isinstance(chosen, list):
+        return np.array(sorted(chosen))
+    alive = np.flatnonzero(stats.count)
+    if not len(alive):
+        raise InputError(f"None of the {stats.d_sae} latents was active on {stats.n_tokens:,} tokens.")
+    if chosen is None:
+        return alive
+    most = alive[np.argsort(-stats.count[alive], kind="stable")[:chosen]]
+    return np.sort(most)
+
+
+def _summary(sae: SAE, stats: LatentStats, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known without an evaluation, and what `given` says."""
+    measured = {
+        "arch": sae.arch,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "l0": float(stats.count.sum()) / stats.n_tokens,
+        "dead_fraction": float((stats.count == 0).mean()),
+    }
+    return {**measured, **{key: value for key, value in given.items() if value is not None}}
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [_short(v) for v in values.tolist()]
+
+
+def _short(value: float) -> float:
+    """Four digits are as many as a page shows."""
+    return float(f"{float(value):.4g}")
