@@ -15,9 +15,8 @@ maximum: the strongest contexts alone make any latent look cleaner than it is.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +43,11 @@ WINDOW = 15
 N_TOKENS = 10
 N_LOGITS = 10
 N_NEIGHBOURS = 10
-N_BINS = 40
-"""At most so many bins in the histogram of activations."""
+N_BINS = 64
+"""Quarter-octave bins of the histogram of activations, down from the SAE's largest activation."""
 
 _GRID = 256
-"""Quarter-octave bins of activation while counting: 2^-32 to 2^32."""
+"""The same bins while counting: 2^-32 to 2^32."""
 _DENSE_ELEMENTS = 2**25
 _RESIDUAL_SITES = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 
@@ -83,7 +82,7 @@ class LatentStats:
     mean: Float[np.ndarray, " d_sae"]
     """Mean activation where it is active; 0 for a dead latent."""
     edges: Float[np.ndarray, " bins+1"]
-    """Edges of the histogram's bins, spaced evenly in the logarithm."""
+    """Edges of the histogram's bins, four an octave; the first bin reaches down to 0."""
     histogram: Int[np.ndarray, "d_sae bins"]
     """Active tokens by activation; they sum to `count`."""
     token_ids: Int[np.ndarray, "d_sae 10"]
@@ -224,7 +223,8 @@ def collect_latents(
         "tokens": pass_.n_tokens,
         "seed": seed,
     }
-    return LatentStats(info, **pass_.finish(), **_geometry(sae), **logit_effects(model, sae, site))
+    effects: dict[str, Any] = logit_effects(model, sae, site)
+    return LatentStats(info, **pass_.finish(), **_geometry(sae), **effects)
 
 
 class _Pass:
@@ -468,13 +468,14 @@ def _grid_bin(values: Float[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
 
 
 def _shared_histogram(grid: Int[np.ndarray, "d_sae grid"]) -> tuple[np.ndarray, np.ndarray]:
-    """The range in use, its bins joined until there are at most `N_BINS`: (edges, counts)."""
+    """The bins in use, at most `N_BINS`, the lowest taking in what lies below: (edges, counts)."""
     used = np.flatnonzero(grid.any(0))
     first, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (_GRID // 2, _GRID // 2 + 1)
-    join = -(-(end - first) // N_BINS)
-    starts = np.arange(first, end, join)
-    counts = np.add.reduceat(grid[:, first:end], starts - first, axis=1)
-    edges = 2.0 ** ((np.append(starts, starts[-1] + join) - _GRID // 2) / 4)
+    first = max(first, end - N_BINS)
+    counts = grid[:, first:end].copy()
+    counts[:, 0] += grid[:, :first].sum(1)
+    edges = 2.0 ** ((np.arange(first, end + 1) - _GRID // 2) / 4)
+    edges[0] = 0
     return edges.astype(np.float32), counts
 
 

@@ -36,6 +36,7 @@ LATENTS_A_SHARD = 64
 TOKENS_A_SHARD = 65_536
 SINGLE_FILE_BYTES = 50_000_000
 MARKER = "steerkit-dashboard.json"
+_ARCH_NAMES = {"topk": "TopK", "l1": "L1", "sqrt_l1": "√L1", "gated": "Gated", "jumprelu": "JumpReLU"}
 _GENERATOR = '<meta name="generator" content="steerkit dashboard">'
 
 
@@ -91,8 +92,9 @@ def build(
     ids = _select(chosen, stats)
     content = _Content(model, sae, stats, ids, dict(concepts or {}))
     content.head |= {
-        "title": title or f"{sae.arch} SAE of {stats.info['model']}",
+        "title": title or f"{_ARCH_NAMES.get(sae.arch, sae.arch)} SAE of {stats.info['model']}",
         "subtitle": f"{stats.info['model']} · {stats.info['site']}",
+        "arch": _ARCH_NAMES.get(sae.arch, sae.arch),
         "summary": jsonable(_summary(sae, stats, summary or {})),
         "provenance": jsonable({**stats.info, **(provenance or {})}),
     }
@@ -153,7 +155,7 @@ class _Content:
         stats = self.stats
         latent: dict[str, Any] = {
             "enc": round(float(stats.encoder_cosine[i]), 3),
-            "hist": stats.histogram[i].tolist(),
+            "hist": _trimmed(stats.histogram[i]),
             "near": [
                 [int(j), round(float(cosine), 3)]
                 for j, cosine in zip(stats.neighbours[i], stats.neighbour_cosine[i])
@@ -335,6 +337,12 @@ def _summary(sae: SAE, stats: LatentStats, given: Mapping[str, Any]) -> dict[str
         "dead_fraction": float((stats.count == 0).mean()),
     }
     return {**measured, **{key: value for key, value in given.items() if value is not None}}
+
+
+def _trimmed(counts: np.ndarray) -> list[int]:
+    """The first bin that is not empty, then the counts from there to the last."""
+    used = np.flatnonzero(counts)
+    return [int(used[0]), *counts[used[0] : used[-1] + 1].tolist()] if len(used) else [0]
 
 
 def _rounded(values: np.ndarray) -> list[float]:

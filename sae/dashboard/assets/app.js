@@ -51,12 +51,14 @@
   }
 
   const whole = (value) => value.toLocaleString("en-US");
-  const percent = (share) => share >= 0.1 ? (100 * share).toFixed(1) + " %"
-    : share >= 1e-4 ? (100 * share).toPrecision(2) + " %" : (100 * share).toExponential(0) + " %";
+  const percent = (share) => (share >= 1e-4 || share === 0 ? (100 * share).toFixed(2)
+    : share >= 1e-6 ? (100 * share).toFixed(4) : (100 * share).toExponential(0)) + " %";
+  const powerOfTen = (exponent) => (exponent >= -7 ? Number((10 ** (exponent + 2)).toPrecision(1)) : "1e" + (exponent + 2)) + " %";
   const decimal = (value) => {
     const size = Math.abs(value);
-    return size && (size < 1e-3 || size >= 1e5) ? value.toExponential(1).replace("-", "−")
-      : value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 0.1 ? 2 : 3).replace("-", "−");
+    if (!size) return "0";
+    return (size < 1e-3 || size >= 1e5 ? value.toExponential(1)
+      : value.toFixed(size >= 1000 ? 0 : size >= 100 ? 1 : size >= 0.1 ? 2 : 3)).replace("-", "−");
   };
 
   // Whitespace that would not be seen, made visible; `inText` leaves the spaces between words as they are.
@@ -146,12 +148,11 @@
     paint();
   }
 
-  const smallest = Math.log(0.5);
-  const largest = Math.log(Math.max(...table.count.slice(0), 1));
+  // A bar on a logarithmic scale, from one token to all of them.
   function meter(count) {
     const bar = make("i");
-    bar.style.width = count ? Math.max(2, 100 * (Math.log(count) - smallest) / (largest - smallest)) + "%" : "0";
-    return make("span", "number meter", percent(count / head.tokens), bar);
+    bar.style.width = (count ? Math.max(2, 56 * Math.log(count) / Math.log(head.tokens)) : 0) + "px";
+    return make("span", "number meter", bar, percent(count / head.tokens));
   }
 
   function line(index, top) {
@@ -160,7 +161,7 @@
       count: () => meter(table.count[index]),
       max: () => make("span", "number", decimal(table.max[index])),
       mean: () => make("span", "number c-mean", decimal(table.mean[index])),
-      tokens: () => make("span", "cell", ...table.tokens[index].map((id) => token(id, "token chip"))),
+      tokens: () => make("span", "cell c-tokens", ...table.tokens[index].map((id) => token(id, "token chip"))),
       concept: () => make("span", "cell c-concept", table.concept[index] ?? ""),
       auroc: () => make("span", "number c-auroc", table.auroc[index] === null ? "" : table.auroc[index].toFixed(3)),
     };
@@ -176,6 +177,7 @@
     const scroll = $("scroll");
     const first = Math.max(0, Math.floor(scroll.scrollTop / ROW) - 10);
     const end = Math.min(listed.length, Math.ceil((scroll.scrollTop + scroll.clientHeight) / ROW) + 10);
+    $("columns").style.paddingRight = 14 + scroll.offsetWidth - scroll.clientWidth + "px";
     $("rows").style.height = listed.length * ROW + "px";
     const lines = [];
     for (let i = first; i < end; i += 1) lines.push(line(listed[i], i * ROW));
@@ -184,7 +186,7 @@
   }
 
   const TILES = [
-    ["arch", "architecture", (v) => ({ topk: "TopK", l1: "L1", sqrt_l1: "√L1", gated: "Gated", jumprelu: "JumpReLU" }[v] ?? v)],
+    ["arch", "architecture", () => head.arch],
     ["d_sae", "latents", whole], ["l0", "L0", decimal], ["fvu", "FVU", (v) => v.toFixed(3)],
     ["ce_recovered", "CE recovered", (v) => (100 * v).toFixed(1) + " %"], ["delta_ce", "ΔCE, nats", (v) => v.toFixed(3).replace("-", "−")],
     ["kl", "KL, nats", (v) => v.toFixed(3)], ["dead_fraction", "dead", percent], ["cosine", "cosine", (v) => v.toFixed(3)],
@@ -224,7 +226,9 @@
   function drawDensity() {
     const logs = table.count.filter(Boolean).map((count) => Math.log10(count / head.tokens));
     if (!logs.length) return;
-    const [low, high, width] = [Math.floor(Math.min(...logs)), Math.ceil(Math.max(...logs) + 1e-9), 0.125];
+    const low = Math.floor(logs.reduce((a, b) => Math.min(a, b)));
+    const high = Math.max(low + 1, Math.min(0, Math.floor(logs.reduce((a, b) => Math.max(a, b))) + 1));
+    const width = 0.125;
     const counts = new Array(Math.round((high - low) / width)).fill(0);
     for (const value of logs) counts[Math.min(counts.length - 1, Math.floor((value - low) / width))] += 1;
     const names = counts.map((_, i) => percent(10 ** (low + i * width)) + " – " + percent(10 ** (low + (i + 1) * width)));
@@ -232,7 +236,7 @@
     steerkit.draw($("density-plot"),
       [{ type: "bar", x: counts.map((_, i) => low + (i + 0.5) * width), y: counts, width: width * 0.92, customdata: names,
         hovertemplate: "%{customdata} of tokens: %{y} latents<extra></extra>" }],
-      { xaxis: { tickvals: ticks, ticktext: ticks.map((t) => percent(10 ** t)), range: [low, high], showgrid: false,
+      { xaxis: { tickvals: ticks, ticktext: ticks.map(powerOfTen), range: [low, high], showgrid: false,
         title: { text: "share of tokens on which a latent is active" } },
       yaxis: { title: { text: "latents" }, nticks: 4 }, margin: { l: 48, r: 8, t: 6, b: 38 } });
   }
@@ -300,7 +304,6 @@
     const value = make("span", "value", decimal(activation));
     const text = make("span", "text", "…");
     const element = make("div", "context", value, text);
-    element.title = "";
     const values = new Map((hex.match(/../g) ?? []).map((pair, i) => [position + first + i, parseInt(pair, 16) / 255 * activation]));
     let open = false;
     const fill = (ids) => {
@@ -308,11 +311,14 @@
       const start = open ? 0 : Math.max(0, position - WINDOW);
       const end = open ? ids.length : Math.min(ids.length, position + WINDOW + 1);
       const spans = [];
-      if (start > 0) spans.push(make("span", "cut", "…"));
+      if (start > 0) spans.push(make("span", "cut", "… "));
       for (let i = start; i < end; i += 1) {
         const act = values.get(i) ?? 0;
         let word = shown[i];
-        if (i === start && !special.has(ids[i])) word = word.replace(/^ /, "");
+        if (word.length > 1 && word.startsWith(" ")) {
+          if (i > start) spans.push(" ");
+          word = word.slice(1);
+        }
         const span = make("span", special.has(ids[i]) ? "special" : "", word);
         if (act > 0) span.style.background = "rgba(var(--heat), " + (0.1 + 0.72 * Math.min(1, act / maximum)).toFixed(3) + ")";
         if (i === position) span.classList.add("peak");
@@ -349,23 +355,20 @@
     return make("div", "", ...parts);
   }
 
-  function drawHistogram(element, counts) {
-    let first = counts.findIndex(Boolean);
-    let end = counts.length - [...counts].reverse().findIndex(Boolean);
-    if (first < 0) return;
-    first = Math.max(0, first - 1);
-    end = Math.min(counts.length, end + 1);
+  function drawHistogram(element, [first, ...counts]) {
     const edges = head.edges;
-    const x = counts.slice(first, end).map((_, i) => first + i + 0.5);
-    const step = Math.max(1, Math.ceil((end - first) / 6));
+    const end = first + counts.length;
+    const x = counts.map((_, i) => first + i + 0.5);
+    const step = Math.max(1, Math.ceil(counts.length / 6));
     const ticks = [];
-    for (let i = first; i <= end; i += step) ticks.push(i);
-    steerkit.draw(element, [{ type: "bar", x, y: counts.slice(first, end).map((v) => v || null),
+    for (let i = end; i >= first; i -= step) ticks.push(i);
+    steerkit.draw(element, [{ type: "bar", x, y: counts.map((v) => v || null),
       customdata: x.map((v) => decimal(edges[Math.floor(v)]) + " to " + decimal(edges[Math.floor(v) + 1])),
       hovertemplate: "%{customdata}: %{y:,} tokens<extra></extra>" }],
-    { xaxis: { tickvals: ticks, ticktext: ticks.map((t) => decimal(edges[t])), showgrid: false, title: { text: "activation" } },
+    { xaxis: { tickvals: ticks, ticktext: ticks.map((t) => decimal(edges[t])), showgrid: false,
+      range: [first - 0.3, Math.max(end, first + 5) + 0.3], title: { text: "activation" } },
       yaxis: { type: "log", dtick: 1, exponentformat: "none", tickformat: ",d", title: { text: "tokens" },
-        range: [-0.2, Math.log10(Math.max(...counts)) + 0.15] }, margin: { l: 44, r: 4, t: 6, b: 38 } });
+        range: [-0.2, Math.log10(Math.max(...counts)) + 0.15] }, margin: { l: 44, r: 18, t: 6, b: 38 } });
   }
 
   function friendly(title, ...text) {
