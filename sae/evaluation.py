@@ -4,9 +4,10 @@
     evaluation.fvu, evaluation.delta_ce, evaluation.intervals["fvu"]
     evaluate_nulls(model, sae, held_out, site)                            # beside what it has to beat
 
-One pass over the text. Each batch is run once as it is, which gives the activations and the outputs, once
-with the activations of the tokens that count set to zero, once to their mean, and once for each SAE with its
-reconstructions spliced in. Pads, BOS, special and sink tokens are left as they are in all of them.
+One pass over the text. Each batch is run once as it is, which gives the activations and the outputs, and then
+from the site on (`steerkit.replay`): once with the activations of the tokens that count set to zero, once to
+their mean, and once for each SAE with its reconstructions spliced in. Pads, BOS, special and sink tokens are
+left as they are in all of them.
 
     fvu = Σ‖x - x̂‖² / Σ‖x - x̄‖²                            x̄: mean over the same tokens
     ce_recovered = (ce_zero - ce_sae) / (ce_zero - ce_clean)       ce_recovered_mean: with ce_mean for ce_zero
@@ -36,7 +37,9 @@ from steerkit.activations import TokenBatch, Tokenization, collect, is_sink, tok
 from steerkit.data import Documents, load_documents
 from steerkit.errors import InputError, NumericsError
 from steerkit.models import HookedModel
+from steerkit.replay import Replay
 from steerkit.runs import progress, write_json
+from steerkit.sites import ActivationHook
 from steerkit.stats import Interval, jackknife
 
 DEAD_TOKENS = 200_000
@@ -211,9 +214,10 @@ def evaluate_all(
         sink_threshold = lot.sink_threshold
     sums = _Sums(model, saes, len(documents), lot.mean, sink_threshold)
     batches = token_batches(model, documents, tokenization, batch_tokens=batch_tokens, max_tokens=tokens)
+    replay = Replay(model, site)
     with progress(tokens, "evaluation", quiet=quiet) as bar:
         for number, batch in enumerate(batches):
-            _evaluate_batch(model, saes, site, batch, number, sums)
+            _evaluate_batch(replay, saes, batch, number, sums)
             bar.advance(batch.n_kept)
     return {name: sums.evaluation(name) for name in saes}
 
@@ -367,9 +371,10 @@ def check_fits(model: HookedModel, sae: SAE, site: str, name: str = "sae") -> No
 
 
 def _evaluate_batch(
-    model: HookedModel, saes: Mapping[str, SAE], site: str, batch: TokenBatch, number: int, sums: _Sums
+    replay: Replay, saes: Mapping[str, SAE], batch: TokenBatch, number: int, sums: _Sums
 ) -> None:
-    acts, clean = _clean(model, site, batch)
+    model, site = replay.model, replay.site
+    acts, clean = replay.run(batch.input_ids, _mask(model, batch))
     keep = batch.keep.to(acts.device) & ~is_sink(acts, sums.sink_threshold)
     x = acts[keep].float()
     document = batch.token_document.to(acts.device)[keep]
@@ -384,38 +389,19 @@ def _evaluate_batch(
     sums.add_activations(x, document)
     for name, sae in saes.items():
         replacements[name] = sums.reconstruct(name, sae, x, document, site, number)
-    finals = {
-        name: _spliced(model, site, batch, keep, replacement) for name, replacement in replacements.items()
-    }
+    finals = {name: replay.again(_splice(keep, values)) for name, values in replacements.items()}
     _add_outputs(model, batch, clean, finals, sums)
 
 
-def _clean(
-    model: HookedModel, site: str, batch: TokenBatch
-) -> tuple[Float[Tensor, "batch pos width"], Float[Tensor, "batch pos d_model"]]:
-    """(activations at the site, final states) of one forward."""
-    found: list[Tensor] = []
-
-    def keep(act: Tensor) -> None:
-        found.append(act.clone())
-
-    with model.hooks({site: keep}):
-        final = model.final(batch.input_ids, _mask(model, batch))
-    return found[-1], final
-
-
-def _spliced(
-    model: HookedModel, site: str, batch: TokenBatch, keep: Bool[Tensor, "batch pos"], values: Tensor
-) -> Float[Tensor, "batch pos d_model"]:
-    """Final states with the activations at `keep` replaced."""
+def _splice(keep: Bool[Tensor, "batch pos"], values: Float[Tensor, "n width"]) -> ActivationHook:
+    """Put `values` in the place of the activations at `keep`."""
 
     def splice(act: Tensor) -> Tensor:
         act = act.clone()
         act[keep] = values.to(act.dtype)
         return act
 
-    with model.hooks({site: splice}):
-        return model.final(batch.input_ids, _mask(model, batch))
+    return splice
 
 
 def _mask(model: HookedModel, batch: TokenBatch) -> Tensor | None:
