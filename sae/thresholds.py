@@ -27,19 +27,23 @@ def strongest(sae: SAE, acts: Float[Tensor, "n d_in"], share: float) -> Float[Te
     """Thresholds under which each latent keeps `share` of the activations that it has on `acts`, the strongest.
 
     A latent that is active on m tokens is, with its threshold, active on round(share · m) of them (fewer if
-    activations tie). A TopK SAE with thresholds is no longer limited to k latents a token; its densities and
+    activations tie). The threshold lies halfway to the strongest activation that goes, so that rounding, here
+    or in another format, does not decide. A TopK SAE with thresholds is no longer limited to k latents a token; its densities and
     its mean L0 are what they would be.
     """
     acts = acts[: max(1, CALIBRATION_ENTRIES // sae.d_sae)]
     bare = copy.deepcopy(sae)
     bare.threshold = torch.zeros(sae.d_sae, device=sae.device, dtype=sae.dtype)
-    counts = sum((part > 0).sum(0) for part in encoded(sae, acts))
+    counts = torch.stack([(part > 0).sum(0) for part in encoded(sae, acts)]).sum(0)
     latents = torch.cat(list(encoded(bare, acts)))
     keep = (counts * share).round().long()
     found = torch.zeros(sae.d_sae, device=sae.device, dtype=sae.dtype)
     for part in sae.latent_chunks(max(1, _ENTRIES // len(acts))):
         ordered = latents[:, part].sort(dim=0, descending=True).values
-        found[part] = ordered.gather(0, keep[part].clamp(max=len(acts) - 1)[None])[0]
+        weakest_kept = ordered.gather(0, (keep[part] - 1).clamp(min=0)[None])[0]
+        weakest_kept[keep[part] == 0] *= 1.01
+        dropped = ordered.gather(0, keep[part].clamp(max=len(acts) - 1)[None])[0]
+        found[part] = torch.where(dropped > 0, (weakest_kept + dropped) / 2, dropped)
     found[keep >= len(acts)] = 0
     return found
 
