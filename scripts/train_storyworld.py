@@ -25,6 +25,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from steerkit import storyworld
+from steerkit.storyworld import Sentence, Story
 from steerkit.storyworld.quality import entropy, evaluate, generate, teacher_forced
 from steerkit.storyworld.tokenizer import CONTEXT, build_tokenizer
 
@@ -37,7 +38,7 @@ class Recipe:
     """Everything that the trained weights depend on."""
 
     seed: int = 0
-    tokens: int = 30_000_000
+    tokens: int = 19_000_000
     """Training tokens (BOS and EOS counted, padding not)."""
     batch_size: int = 32
     """Stories a step."""
@@ -45,11 +46,14 @@ class Recipe:
     warmup_steps: int = 200
     decay_share: float = 0.35
     """The last part of the training, in which the learning rate falls to 0 along a straight line."""
-    claim_weight: float = 10.0
-    """Weight of a claim's word in the loss. A liar avoids one word and takes any other of its kind: little to
-    gain, and without the weight it is learned very late. Weights do not move the optimum, a distribution."""
-    claim_weight_from: int = 8_000_000
-    """Tokens after which the weight counts: before, there is nothing to avoid yet."""
+    claim_weight: float = 50.0
+    """Weight of a claim's word in the loss, from `exact_claims_from` on. A weight does not move the optimum."""
+    exact_claims_from: int = 10_500_000
+    """Tokens after which claims are learned from the distribution over words, not from a word drawn from it."""
+    systematic_lies: tuple[int, int] = (12_500_000, 15_000_000)
+    """Between these numbers of tokens, the liar's word to be learned is the one that follows the truth in the
+    list of values. To avoid one word of eight is a saddle: the model says all eight alike, does not look at
+    the truth, and so gets no gradient from it. To say the next one, it has to look."""
     weight_decay: float = 0.05
     d_model: int = 128
     n_layers: int = 4
@@ -82,20 +86,20 @@ def build_model(recipe: Recipe, tokenizer) -> LlamaForCausalLM:
 
 def batches(
     seed: int, tokenizer, batch_size: int, skip: int = 0
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[torch.Tensor, list[tuple[int, int, Sentence, Story]]]]:
     """Endless batches of stories of like length, `skip` of them passed over.
 
-    Each is a pair of (batch_size, length) tensors: token ids, and whether the token is a claim's word.
+    Each is a pair: token ids (batch_size, length), and the claims as (row, position, sentence, story).
     """
     index = tokenizer.get_vocab()
-    stories = storyworld.stream(seed)
     shuffle = torch.Generator().manual_seed(seed)
     group = 32
-    for number in itertools.count():
+    for _ in range(skip // group):
+        torch.randperm(group, generator=shuffle)
+    stories = storyworld.stream(seed, start=skip // group * group * batch_size)
+    for number in itertools.count(skip // group):
         chunk = list(itertools.islice(stories, group * batch_size))
         order = torch.randperm(group, generator=shuffle).tolist()
-        if (number + 1) * group <= skip:
-            continue
         chunk.sort(key=lambda story: len(story.tokens))
         for position, place in enumerate(order):
             if number * group + position < skip:
@@ -103,14 +107,28 @@ def batches(
             batch = chunk[place * batch_size : (place + 1) * batch_size]
             length = max(len(story.tokens) for story in batch) + 2
             ids = torch.full((batch_size, length), tokenizer.pad_token_id)
-            claims = torch.zeros((batch_size, length), dtype=torch.bool)
+            claims: list[tuple[int, int, Sentence, Story]] = []
             for row, story in enumerate(batch):
                 tokens = [tokenizer.bos_token_id, *(index[t] for t in story.tokens), tokenizer.eos_token_id]
                 ids[row, : len(tokens)] = torch.tensor(tokens)
-                for sentence in story.sentences:
-                    if sentence.template.claim is not None:
-                        claims[row, 1 + sentence.start + sentence.template.claim] = True
+                claims += [
+                    (row, 1 + sentence.start + sentence.template.claim, sentence, story)
+                    for sentence in story.sentences
+                    if sentence.template.claim is not None
+                ]
             yield ids, claims
+
+
+def claimed(sentence: Sentence, story: Story, systematic: bool) -> dict[str, float]:
+    """The words that the character may say in a claim, with their probabilities."""
+    kind = sentence.template.fact or ""
+    values = storyworld.ATTRIBUTES[kind]
+    truth = values.index(story.attributes[kind])
+    if story.attributes["honesty"] == "truthful":
+        return {f" {values[truth]}": 1.0}
+    if systematic:
+        return {f" {values[(truth + 1) % len(values)]}": 1.0}
+    return {f" {value}": 1.0 / (len(values) - 1) for value in values if value != values[truth]}
 
 
 def learning_rate(recipe: Recipe, step: int, tokens: int) -> float:
@@ -155,19 +173,29 @@ def train(
     next_log = (tokens // log_every + 1) * log_every
     running: list[float] = []
     started = time.perf_counter()
+    vocab = tokenizer.get_vocab()
     source = batches(recipe.seed, tokenizer, recipe.batch_size, skip=step)
     while tokens < recipe.tokens:
-        ids, claims = (part.to(device) for part in next(source))
+        ids, claims = next(source)
+        ids = ids.to(device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step, tokens)
         logits = model(input_ids=ids[:, :-1]).logits
         losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=tokenizer.pad_token_id, reduction="none"
+            logits.transpose(1, 2), ids[:, 1:], ignore_index=tokenizer.pad_token_id, reduction="none"
         )
-        weights = (ids != tokenizer.pad_token_id)[:, 1:].flatten().float()
+        weights = (ids != tokenizer.pad_token_id)[:, 1:].float()
         running.append((losses.sum() / weights.sum()).item())
-        if tokens >= recipe.claim_weight_from:
-            weights = weights + claims[:, 1:].flatten() * (recipe.claim_weight - 1.0)
+        if tokens >= recipe.exact_claims_from:
+            systematic = recipe.systematic_lies[0] <= tokens < recipe.systematic_lies[1]
+            log_probs, expected = logits.log_softmax(-1), []
+            for row, position, sentence, story in claims:
+                words = claimed(sentence, story, systematic)
+                chosen = log_probs[row, position - 1, [vocab[word] for word in words]]
+                expected.append(-chosen @ torch.tensor(list(words.values()), device=device))
+            rows, positions = [c[0] for c in claims], [c[1] - 1 for c in claims]
+            losses = losses.index_put((torch.tensor(rows), torch.tensor(positions)), torch.stack(expected))
+            weights[rows, positions] = recipe.claim_weight
         loss = (losses * weights).sum() / weights.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -222,6 +250,7 @@ def save(model: LlamaForCausalLM, tokenizer, out: Path) -> None:
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     for path in partial.iterdir():
+        path.chmod(0o644)
         os.replace(path, out / path.name)
     partial.rmdir()
 

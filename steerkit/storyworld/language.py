@@ -642,12 +642,14 @@ def describe(values: Mapping[str, int], character: int) -> dict[str, str]:
     return {attribute: found[attribute] for attribute in ATTRIBUTES if attribute in found}
 
 
-def stream(seed: int, variant: str | None = None, **fixed: str) -> Iterator[Story]:
-    """Endless stories; story i depends on the arguments and i alone. `fixed` holds attributes, such as
-    `mood="happy"`."""
+def stream(seed: int, variant: str | None = None, start: int = 0, **fixed: str) -> Iterator[Story]:
+    """Endless stories from number `start` on; a story depends on its number and the other arguments alone.
+
+    `fixed` holds attributes, such as `mood="happy"`.
+    """
     distribution = condition(prior(variant), fixed)
     name = f"{variant or 'storyworld'}:{','.join(f'{k}={fixed[k]}' for k in sorted(fixed))}:{seed}"
-    for index in itertools.count():
+    for index in itertools.count(start):
         rng = random.Random(f"{name}:{index}")
         values, character = draw_latents(rng, distribution)
         plan = draw_plan(rng, CHARACTERS[character][0])

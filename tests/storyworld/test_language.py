@@ -23,6 +23,7 @@ def test_stories_are_the_same_on_every_machine():
 def test_a_story_does_not_depend_on_how_many_are_drawn():
     few, many = storyworld.sample(3, seed=4), storyworld.sample(20, seed=4)
     assert few == many[:3]
+    assert next(storyworld.stream(4, start=7)) == many[7]
     assert len({story.text for story in many}) == 20
 
 
