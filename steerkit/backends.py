@@ -35,6 +35,7 @@ from steerkit.sites import (
     refuse,
     same,
     trace,
+    uncompiled,
     value_chain,
 )
 
@@ -47,7 +48,7 @@ class HuggingFaceBackend:
         self.inner: Any = self.model.get_base_model() if _is_peft(model) else model
         if _is_peft(model) and self.model.active_peft_config.is_prompt_learning:
             raise InputError(
-                f"{self.model.active_peft_config.peft_type.value} adds virtual tokens, which shift positions: "
+                f"{self.model.active_peft_config.peft_type.value} adds virtual tokens that shift positions: "
                 "such adapters can't be hooked, LoRA and its kin can."
             )
         self.base: Any = self.inner.base_model
@@ -60,7 +61,7 @@ class HuggingFaceBackend:
         self._positions_from_mask = False
         self._unembedding: list[str] | None = None
         self._scale, self._cap = 1.0, 0.0
-        with torch.no_grad(), evaluating(model), leaving_no_hooks(model):
+        with torch.no_grad(), evaluating(model), leaving_no_hooks(model), uncompiled(model.modules()):
             self._discover(special_ids)
 
     # sizes
@@ -116,7 +117,16 @@ class HuggingFaceBackend:
         return self.base(**self._inputs(input_ids, attention_mask, self._accepts))
 
     def final(self, input_ids: Tensor, attention_mask: Tensor | None) -> Float[Tensor, "batch pos d_model"]:
-        return self.hidden(input_ids, attention_mask)[0]
+        if not (self.base is self.inner and self.is_encoder_decoder and hasattr(self.inner, "lm_head")):
+            return self.hidden(input_ids, attention_mask)[0]
+        states: list[Tensor] = []  # T5 with a head has no trunk module: its decoder's output is wanted
+        decoder = self.inner.get_decoder()
+        handle = decoder.register_forward_hook(lambda module, args, output: states.append(output[0]))
+        try:
+            self.hidden(input_ids, attention_mask)
+        finally:
+            handle.remove()
+        return states[0]
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None) -> Float[Tensor, "batch pos d_vocab"]:
         return self.model(**self._inputs(input_ids, attention_mask, self._head_accepts)).logits
@@ -163,7 +173,8 @@ class HuggingFaceBackend:
     # the head
 
     def output_weight(self) -> Float[Tensor, "d_vocab d_model"]:
-        return self.inner.get_output_embeddings().weight
+        head = self.inner.get_output_embeddings()
+        return head._hf_hook.weights_map["weight"] if head.weight.is_meta else head.weight
 
     def unembed(self, resid: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
         if self._unembedding is None:

@@ -31,7 +31,7 @@ from steerkit.backends import HuggingFaceBackend
 from steerkit.errors import InputError, SiteError, did_you_mean
 from steerkit.lens import TransformerLensBackend, is_transformer_lens
 from steerkit.loading import Loaded, load
-from steerkit.sites import ALIASES, ActivationHook, Site, attach
+from steerkit.sites import ALIASES, ActivationHook, Site, attach, first_tensor, uncompiled
 
 
 class HookedModel:
@@ -300,7 +300,7 @@ class HookedModel:
 
 
 class _Stop(BaseException):
-    """Ends a forward that has given what it was run for. Not an Exception, lest a model's handler swallow it."""
+    """Ends a forward that has given what it was run for. Not an Exception, lest a handler swallow it."""
 
 
 class _Hooks:
@@ -323,16 +323,16 @@ class _Hooks:
     @contextmanager
     def open(self) -> Iterator[None]:
         with ExitStack() as stack:
-            if any(_is_compiled(self.model, site.path) for site, _ in self.functions):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            modules = (m for site, _ in self.functions for m in _modules_around(self.model, site.path))
+            stack.enter_context(uncompiled(modules))
             if torch.is_grad_enabled() and self.model.training:
                 stack.enter_context(self._recomputing())
             stack.enter_context(self.attached())
             yield
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """The hooks, for this thread; nothing to do if it has them already."""
+    def attached(self, rows: tuple[int, ...] = ()) -> Iterator[None]:
+        """The hooks, for this thread; nothing to do if it has them already. `rows` as in `sites.attach`."""
         thread = threading.get_ident()
         if thread in self.threads:
             yield
@@ -341,7 +341,7 @@ class _Hooks:
         self.threads.add(thread)
         try:
             for site, fn in self.functions:
-                handles.extend(attach(self.model, site, fn, keep=self.keep))
+                handles.extend(attach(self.model, site, fn, keep=self.keep, rows=rows))
             yield
         finally:
             for handle in handles:
@@ -355,7 +355,8 @@ class _Hooks:
         def wrap(checkpoint: Any) -> Any:
             def checkpointed(fn: Callable, *args: Any, **kwargs: Any) -> Any:
                 def hooked(*inner: Any, **options: Any) -> Any:
-                    with self.attached():
+                    state = first_tensor(inner, options)[1]
+                    with self.attached(rows=() if state is None else tuple(state.shape[:2])):
                         return fn(*inner, **options)
 
                 return checkpoint(hooked, *args, **kwargs)
@@ -373,14 +374,13 @@ class _Hooks:
                 module._gradient_checkpointing_func = original
 
 
-def _is_compiled(model: nn.Module, path: str) -> bool:
-    """Whether the module at `path`, or one around it, is compiled: compiled code does not see new hooks."""
-    module: Any = model
-    for name in ["", *path.split(".")]:
+def _modules_around(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The module at `path` and those that contain it."""
+    module = model
+    yield module
+    for name in path.split("."):
         module = module.get_submodule(name)
-        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
-            return True
-    return False
+        yield module
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:

@@ -31,8 +31,8 @@ import copy
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,6 +114,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def uncompiled(modules: Iterable[Any]) -> Iterator[None]:
+    """If one of the modules is compiled: no compiled code in here, because it does not see new hooks."""
+    compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in modules)
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        yield
 
 
 @contextmanager
@@ -222,7 +230,11 @@ def find_stacks(model: nn.Module, calls: Sequence[Call]) -> list[Stack]:
             continue
         if any(path.startswith(block.path + ".") for chain in chains.values() for block in chain):
             continue
-        blocks = [once[p] for p in (f"{path}.{name}" for name in module._modules) if p in once]
+        inner = (
+            "._orig_mod" if hasattr(child, "_orig_mod") else "" for child in module
+        )  # torch.compile's wrapper
+        paths = [f"{path}.{name}{more}" for name, more in zip(module._modules, inner)]
+        blocks = [once[p] for p in paths if p in once]
         shaped = len(blocks) == len(module) and all(
             b.x is not None and b.y is not None and b.x.shape == b.y.shape for b in blocks
         )
@@ -532,22 +544,21 @@ def probe_ids(
 
 
 def attach(
-    model: nn.Module, site: Site, fn: ActivationHook, *, keep: bool = False
+    model: nn.Module, site: Site, fn: ActivationHook, *, keep: bool = False, rows: tuple[int, ...] = ()
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Call `fn` on the site's activation in every forward; what it returns, if not None, takes its place.
 
     `keep` says that `fn` only keeps the tensor and is the last to see it; it is then not copied without need.
+    `rows` gives (batch, pos) where no block is entered that would tell, as when backward recomputes one.
     """
     module = model.get_submodule(site.path)
-    shape: list[int] = []
+    shape = list(rows)
     handles = []
     copied = site.volatile or (site.shared and not keep)
 
     def apply(tensor: Tensor) -> Tensor | None:
-        if site.rows:
-            act = tensor.view(*shape, tensor.shape[-1])
-        else:
-            act = tensor.flatten(2) if tensor.dim() > 3 else tensor
+        # Heads apart (TransformerLens) or batch and positions together (OPT) become (batch, pos, width).
+        act = tensor.view(*shape, tensor.shape[-1]) if site.rows else tensor.flatten(2)
         new = fn(act.clone() if copied else act)
         if new is None:
             return None
@@ -557,7 +568,7 @@ def attach(
             )
         new = new.to(device=tensor.device, dtype=tensor.dtype).reshape(tensor.shape)
         if not site.shared:
-            return new
+            return new.clone() if site.volatile else new
         tensor.copy_(new)
         return None
 
@@ -583,11 +594,11 @@ def attach(
         changed[next(iter(changed.keys()))] = new
         return changed
 
-    def rows(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         shape[:] = first_tensor(args, kwargs)[1].shape[:2]  # type: ignore[union-attr]
 
     if site.rows:
-        handles.append(model.get_submodule(site.rows).register_forward_pre_hook(rows, with_kwargs=True))
+        handles.append(model.get_submodule(site.rows).register_forward_pre_hook(enter, with_kwargs=True))
     if site.side == "in":
         handles.append(module.register_forward_pre_hook(inward, with_kwargs=True))
     else:
@@ -614,7 +625,7 @@ def failed_writes(
             noise = torch.randn(act.shape, generator=generator).to(act.device, act.dtype)
             before[name] = act.cpu().clone()
             new = act + noise * act.std()
-            after[name] = new.cpu()
+            after[name] = new.cpu().clone()
             return new
 
         return fn
