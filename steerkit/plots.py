@@ -65,7 +65,8 @@ def theme_css() -> str:
 
 
 def theme_js() -> str:
-    """`steerkit.draw(element, data, layout)` for Plotly figures, and the switch between light and dark.
+    """`steerkit.draw(element, data, layout)` for Plotly figures, as soon as Plotly has loaded; and the
+    switch between light and dark.
 
     Belongs before the page's other scripts. A button with `data-switch-theme` becomes the switch.
     """
@@ -201,7 +202,8 @@ window.steerkit = (() => {
   function draw(element, data, layout) {
     for (const old of drawn.keys()) if (!old.isConnected) { Plotly.purge(old); drawn.delete(old); }
     drawn.set(element, [data, layout]);
-    return Plotly.react(element, data, { ...layout, template: template() },
+    if (!window.Plotly) return;
+    Plotly.react(element, data, { ...layout, template: template() },
       { displayModeBar: false, responsive: true });
   }
 
@@ -217,6 +219,7 @@ window.steerkit = (() => {
   root.dataset.theme = theme();
   system.addEventListener("change", apply);
   document.addEventListener("DOMContentLoaded", apply);
+  addEventListener("load", apply);
   document.addEventListener("click", (event) => {
     if (!event.target.closest("[data-switch-theme]")) return;
     chosen = theme() === "dark" ? "light" : "dark";

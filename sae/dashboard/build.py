@@ -223,7 +223,7 @@ def _write_directory(out: Path, content: _Content) -> Path:
             content.head["title"],
             '<link rel="stylesheet" href="assets/style.css">',
             f"<script>{_shard('head', content.head)}</script>\n"
-            '<script src="assets/plotly.min.js"></script>\n<script src="assets/app.js"></script>',
+            '<script src="assets/app.js"></script>\n<script async src="assets/plotly.min.js"></script>',
         )
         (folder / "index.html").write_text(page, encoding="utf-8")
         write_json(folder / MARKER, {"format": 1, "latents": len(content.ids)})
@@ -237,7 +237,7 @@ def _write_single(out: Path, content: _Content) -> Path:
     page = _page(
         content.head["title"],
         f"<style>{_style()}</style>",
-        f"{data}\n<script>{plotly}</script>\n<script>{_script()}</script>",
+        f"{data}\n<script>{_script()}</script>\n<script>{plotly}</script>",
     )
     size = len(page.encode())
     if size > SINGLE_FILE_BYTES:

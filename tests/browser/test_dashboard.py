@@ -1,0 +1,301 @@
+"""The dashboard in a real browser, opened from disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae.architectures.topk import TopK
+from sae.dashboard import build
+from sae.latents import collect_latents
+from steerkit.data import load_documents
+from steerkit.errors import InputError
+from steerkit.models import HookedModel
+
+SITE = "blocks.0.hook_resid_post"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+MALICIOUS = "</script><img src=x onerror=window.hacked=1><!-- \u2028"
+DEAD = 60
+
+
+class Tokenizer:
+    """The StoryWorld tokenizer, some of whose tokens read as an attacker would have them."""
+
+    def __init__(self, inner):
+        self._inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def __call__(self, *args, **kwargs):
+        return self._inner(*args, **kwargs)
+
+    def __len__(self):
+        return len(self._inner)
+
+    def convert_ids_to_tokens(self, i):
+        piece = self._inner.convert_ids_to_tokens(i)
+        return MALICIOUS if piece in (".", " the") else piece
+
+
+@pytest.fixture(scope="module")
+def parts():
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from steerkit.storyworld import model_path
+
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(AutoTokenizer.from_pretrained(model_path()))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+    )
+    model = HookedModel.from_pretrained(LlamaForCausalLM(config).eval(), tokenizer=tokenizer)
+    sae = TopK(d_sae=DEAD + 4, k=6).build(32)
+    generator = torch.Generator().manual_seed(1)
+    sae.initialise(torch.randn(8, 32, generator=generator), torch.zeros(32), generator)
+    with torch.no_grad():
+        sae.b_enc[DEAD:] = -1e3
+    stories = load_documents("storyworld")
+    documents = load_documents([stories[i] for i in range(60)])
+    stats = collect_latents(model, sae, documents, SITE, tokens=2_000, quiet=True)
+    return model, sae, documents, stats
+
+
+@pytest.fixture(scope="module")
+def make(parts):
+    model, sae, documents, stats = parts
+
+    def make(out: Path, **options) -> Path:
+        options = {"stats": stats, "concepts": {3: ("weather=snowy", 0.97)}, **options}
+        return build(model, sae, documents, SITE, out, **options)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def dashboard(make, tmp_path_factory):
+    summary = {"fvu": 0.0347, "ce_recovered": 0.983, "delta_ce": 0.04}
+    return make(
+        tmp_path_factory.mktemp("dashboard") / "dash", summary=summary, title="Latents of a tiny model"
+    )
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    flags = ["quic", "background-networking", "component-update", "sync"]
+    arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run", *(f"--disable-{flag}" for flag in flags)]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Open a page; at the end there must have been no error and no request but for files."""
+    pages, wrong = [], []
+
+    def visit(path: Path, fragment: str = "", scheme: str = "light"):
+        page = browser.new_page(color_scheme=scheme, viewport={"width": 1400, "height": 900})
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        local = ("file:", "data:")
+        page.on("request", lambda r: None if r.url.startswith(local) else wrong.append(r.url))
+        page.goto(path.resolve().as_uri() + fragment)
+        pages.append(page)
+        return page
+
+    yield visit
+    for page in pages:
+        assert page.evaluate("window.hacked") is None
+        page.close()
+    assert wrong == []
+
+
+def column(page, place: int) -> list[str]:
+    return page.eval_on_selector_all(
+        "#rows .row", f"rows => rows.map((row) => row.children[{place}].textContent)"
+    )
+
+
+def test_overview_shows_summary_and_latents(visit, dashboard):
+    page = visit(dashboard)
+    assert page.text_content("#title") == page.title() == "Latents of a tiny model"
+    tiles = page.text_content("#tiles")
+    assert "0.035" in tiles
+    assert "98.3 %" in tiles
+    assert page.text_content("#found") == "60 latents"
+    page.wait_for_selector("#density-plot .bars")
+
+
+def test_sorting(visit, dashboard):
+    page = visit(dashboard)
+    shares = [float(text.removesuffix(" %")) for text in column(page, 1)]
+    assert shares == sorted(shares, reverse=True)
+    page.click("#columns button[data-key=id]")
+    assert [int(i) for i in column(page, 0)][:5] == [0, 1, 2, 3, 4]
+    page.click("#columns button[data-key=id]")
+    assert column(page, 0)[0] == str(DEAD - 1)
+    page.click("#columns button[data-key=auroc]")
+    assert column(page, 0)[0] == "3"
+
+
+def test_search(visit, dashboard):
+    page = visit(dashboard)
+    page.fill("#search", "SNOWY #3")
+    assert column(page, 0) == ["3"]
+    page.fill("#search", "nothing-has-this")
+    assert "No latent matches" in page.text_content("#rows")
+    assert page.text_content("#found") == "0 latents of 60"
+
+
+def test_deep_link_shows_the_latent(visit, dashboard, parts):
+    stats = parts[3]
+    page = visit(dashboard, "#latent=3")
+    page.wait_for_selector("#histogram .bars")
+    assert page.text_content("#latent h2") == "Latent 3"
+    assert "weather=snowy (AUROC 0.970)" in page.text_content(".facts")
+    n = len(stats.examples(3))
+    page.wait_for_function(f"document.querySelectorAll('.text .peak').length === {n}")
+    values = page.eval_on_selector_all(".context .value", "all => all.map((e) => Number(e.textContent))")
+    assert values[0] == pytest.approx(stats.maximum[3], abs=0.01)
+    assert page.locator(".columns table").count() == 4
+    page.hover(".text .peak")
+    assert page.text_content("#tip").endswith(page.text_content(".context .value"))
+
+
+def test_a_click_on_a_context_shows_the_whole_row(visit, dashboard):
+    page = visit(dashboard, "#latent=3")
+    page.wait_for_selector(".text .peak")
+    before = page.locator(".context").first.locator(".text span").count()
+    page.locator(".context").first.click()
+    assert page.locator(".context").first.locator(".text span").count() > before
+
+
+def test_keys_and_links_lead_to_other_latents(visit, dashboard):
+    page = visit(dashboard)
+    ids = column(page, 0)
+    page.click("#rows .row >> nth=1")
+    page.wait_for_function(f"document.querySelector('#latent h2')?.textContent === 'Latent {ids[1]}'")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(f"document.querySelector('#latent h2')?.textContent === 'Latent {ids[2]}'")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function(f"document.querySelector('#latent h2')?.textContent === 'Latent {ids[1]}'")
+    page.click(".near a >> nth=0")
+    page.wait_for_function(f"document.querySelector('#latent h2')?.textContent !== 'Latent {ids[1]}'")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#overview", state="visible")
+
+
+@pytest.mark.parametrize(
+    ("fragment", "text"),
+    [(f"#latent={DEAD}", "is dead"), ("#latent=99999", "no such latent"), ("#latent=x<b>", "no such latent")],
+)
+def test_latents_without_a_page(visit, dashboard, fragment, text):
+    page = visit(dashboard, fragment)
+    page.wait_for_selector(".friendly")
+    assert text in page.text_content(".friendly")
+
+
+def test_tokens_are_text_whatever_they_hold(visit, dashboard, parts):
+    stats = parts[3]
+    shown = MALICIOUS.replace("\u2028", "◌").strip()
+    page = visit(dashboard)
+    assert shown in page.text_content("#rows")
+    latent = next(e for e in range(DEAD) if stats.token_ids[e][0] >= 0)
+    page.goto(dashboard.resolve().as_uri() + f"#latent={latent}")
+    page.wait_for_selector(".text .peak")
+    assert shown in page.text_content("#latent")
+    assert page.locator("img").count() == 0
+
+
+def test_dark_follows_the_system_and_the_switch(visit, dashboard):
+    page = visit(dashboard, scheme="dark")
+
+    def brightness():
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return sum(int(part) for part in colour[4:-1].split(","))
+
+    assert brightness() < 150
+    page.click("[data-switch-theme]")
+    assert brightness() > 600
+    page.reload()
+    assert brightness() > 600
+
+
+def test_single_file(visit, make, tmp_path):
+    path = make(tmp_path / "one.html", single_file=True, latents=[3, DEAD])
+    assert path == tmp_path / "one.html"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["one.html"]
+    page = visit(path, "#latent=3")
+    page.wait_for_selector("#histogram .bars")
+    page.wait_for_selector(".text .peak")
+    page.goto(path.as_uri() + f"#latent={DEAD}")
+    page.wait_for_selector(".columns .friendly")
+    page.goto(path.as_uri() + "#latent=5")
+    page.wait_for_selector("text=not in this dashboard")
+    make(path, single_file=True, latents=[3])
+
+
+def test_a_page_of_figures(visit, tmp_path):
+    import plotly.graph_objects as go
+
+    from steerkit.plots import page as write_page
+
+    figure = go.Figure(go.Scatter(x=[1, 2], y=[3, 4], name="</script><b>"))
+    path = write_page("Steering <1>", ["<h2>Part</h2>", figure], tmp_path / "sub" / "report.html")
+    page = visit(path, scheme="dark")
+    page.wait_for_selector(".figure .scatterlayer")
+    assert page.text_content("h1") == "Steering <1>"
+    assert (tmp_path / "sub" / "plotly.min.js").stat().st_size > 1e6
+
+
+def test_files_are_few_and_small(dashboard, parts):
+    folder = dashboard.parent
+    data = sum(file.stat().st_size for file in (folder / "data").iterdir())
+    assert data < 10_000 * 60
+    assert len(list(folder.rglob("plotly.min.js"))) == 1
+    assert "http" not in (folder / "index.html").read_text().replace("http-equiv", "")
+
+
+def test_replaces_its_own_output_and_nothing_else(make, tmp_path):
+    first = make(tmp_path / "dash", latents="top:5")
+    assert json.loads((first.parent / "steerkit-dashboard.json").read_text())["latents"] == 5
+    make(tmp_path / "dash", latents="top:3")
+    assert json.loads((first.parent / "steerkit-dashboard.json").read_text())["latents"] == 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["dash"]
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        make(foreign)
+    (tmp_path / "page.html").write_text("mine")
+    with pytest.raises(InputError, match="no dashboard"):
+        make(tmp_path / "page.html", single_file=True)
+
+
+@pytest.mark.parametrize("latents", ["tops", "top:0", [1000], [-1], []])
+def test_bad_choices_of_latents(make, tmp_path, latents):
+    with pytest.raises(InputError):
+        make(tmp_path / "dash", latents=latents)
+    assert not (tmp_path / "dash").exists()
+
+
+def test_a_single_file_that_is_too_large_is_refused(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(import_module("sae.dashboard.build"), "SINGLE_FILE_BYTES", 5_000_000)
+    with pytest.raises(InputError, match="leave out --single-file"):
+        make(tmp_path / "dash", single_file=True)
+    assert not (tmp_path / "dash").exists()
