@@ -108,7 +108,7 @@ def as_jumprelu(sae: SAE) -> SAE:
     made = JumpReLU(d_sae=sae.d_sae).build(sae.d_in)
     made.load_state_dict(sae.jumprelu_weights())
     made.metadata = dict(sae.metadata) | (
-        {} if sae.arch == "jumprelu" else {"trained_as": sae.config.to_dict()}
+        {} if isinstance(sae.config, JumpReLU) else {"trained_as": sae.config.to_dict()}
     )
     return made.to(sae.device).eval().requires_grad_(False)
 

@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +31,9 @@ from torch import Tensor
 from sae import formats
 from sae.architectures import SAE, Config, Sparsity
 from sae.checkpoint import Checkpoints
+from sae.dashboard.value import Dashboard
 from sae.evaluation import Evaluation, evaluate
+from sae.latents import collect_latents
 from sae.schedule import TargetL0, learning_rate_factor
 from steerkit.activation_cache import ActivationCache
 from steerkit.activations import ActivationStream, Statistics, Tokenization
@@ -232,9 +234,8 @@ class SAERun:
 
     def evaluate(self, documents: Any = None, *, tokens: int = 200_000) -> Evaluation:
         """Measure the SAE on held-out text: the run's own, or `documents`."""
-        model = self.model or HookedModel.from_pretrained(self.config["model"], dtype=self.config["dtype"])
         return evaluate(
-            model,
+            self.hooked(),
             self.sae,
             self.held_out() if documents is None else documents,
             self.config["site"],
@@ -242,6 +243,48 @@ class SAERun:
             tokens=tokens,
             sink_threshold=self.sae.metadata["sink_threshold"],
         )
+
+    def dashboard(
+        self,
+        *,
+        latents: str | Sequence[int] = "all",
+        tokens: int = 200_000,
+        concepts: Mapping[int, tuple[str, float]] | None = None,
+        quiet: bool = False,
+    ) -> Dashboard:
+        """Look at the latents on held-out text; `.save(out)` writes the pages. See `sae.dashboard.build`."""
+        model, documents = self.hooked(), self.held_out()
+        stats = collect_latents(
+            model,
+            self.sae,
+            documents,
+            self.config["site"],
+            tokenization=Tokenization(**self.config["tokenization"]),
+            tokens=tokens,
+            sink_threshold=self.sae.metadata["sink_threshold"],
+            quiet=quiet,
+        )
+        origin = {"run": str(self.path), "seed": self.config["training"]["seed"], "data": self.config["data"]}
+        return Dashboard(
+            model,
+            self.sae,
+            documents,
+            self.config["site"],
+            stats,
+            latents,
+            summary=self.summary,
+            concepts=concepts,
+            provenance=origin,
+        )
+
+    def hooked(self) -> HookedModel:
+        """The model that the SAE was trained on, loaded if it is not at hand."""
+        return self.model or HookedModel.from_pretrained(self.config["model"], dtype=self.config["dtype"])
+
+    def train_config(self) -> TrainConfig:
+        """The settings of the training loop."""
+        settings = self.config["training"]
+        return TrainConfig(**{**settings, "betas": tuple(settings["betas"])})
 
     def __repr__(self) -> str:
         shown = {key: self.summary.get(key) for key in ("l0", "fvu", "delta_ce", "dead_fraction")}
@@ -378,12 +421,12 @@ class Trainer:
             generator = torch.Generator().manual_seed(self.config.seed)
             self.sae.initialise(x, self.mean, generator)
         coefficient = self.coefficient
-        outcome = self.sae.gradients(x, coefficient, self.silent > self.dead_after)
+        outcome = self.sae.gradients(x, coefficient, self.silent > self.dead_after, getattr(torch, self.config.dtype))
         self.sae.remove_parallel_gradient()
         loss, norm = float(outcome.loss), self._clip()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NumericsError(
-                f"NaN or inf in step {self.steps} at {self.site} ({'loss' if not math.isfinite(loss) else 'gradient'}). "
+                f"NaN or inf in batch {self.steps} at {self.site} ({'loss' if not math.isfinite(loss) else 'gradient'}). "
                 "The last checkpoint is intact; check the activations, or lower lr."
             )
         factor = learning_rate_factor(self.steps, self.n_steps, self.config.warmup, self.config.decay)

@@ -5,6 +5,7 @@ An architecture is a file: a frozen `Config` and an `SAE` subclass with
     encode(x)                          latents f(x) >= 0, (…, d_sae)
     loss(x, coefficient, dead)         the objective, plainly, for autograd: the definition
     gradients(x, coefficient, dead)    the same objective with its gradients worked out by hand: what training runs
+                                       (products in a lower `dtype` if asked, sums and errors in that of x)
 
 where `coefficient` is the weight of the sparsity term (if there is one) and `dead` marks latents that have been silent for long. A
 test holds the two equal for every architecture. Activations are in training units: unit mean square per coordinate.
@@ -163,8 +164,14 @@ class SAE(nn.Module):
         """The objective, mean over tokens, for autograd."""
         raise NotImplementedError
 
-    def gradients(self, x: Float[Tensor, "n d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]) -> Step:
-        """The objective's gradients, written into `.grad` of the parameters."""
+    def gradients(
+        self,
+        x: Float[Tensor, "n d_in"],
+        coefficient: float,
+        dead: Bool[Tensor, " d_sae"],
+        dtype: torch.dtype | None = None,
+    ) -> Step:
+        """The objective's gradients, written into `.grad` of the parameters. Products are computed in `dtype`, by default x's."""
         raise NotImplementedError
 
     @torch.no_grad()

@@ -74,32 +74,40 @@ class GatedSAE(SAE):
         return (error + coefficient * gate.sum(-1) + auxiliary).mean()
 
     @torch.no_grad()
-    def gradients(self, x: Float[Tensor, "n d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]) -> Step:
-        n, rate = len(x), self.r_mag.exp()
+    def gradients(
+        self,
+        x: Float[Tensor, "n d_in"],
+        coefficient: float,
+        dead: Bool[Tensor, " d_sae"],
+        dtype: torch.dtype | None = None,
+    ) -> Step:
+        n, dtype = len(x), dtype or x.dtype
+        W_enc, W_dec = self.W_enc.to(dtype), self.W_dec.to(dtype)
+        rate = self.r_mag.exp().to(dtype)
         centred = x - self.b_dec
-        product = centred @ self.W_enc
-        gate = (product + self.b_gate).relu_()
+        inputs = centred.to(dtype)
+        product = inputs @ W_enc
+        gate = (product + self.b_gate.to(dtype)).relu_()
         open_ = gate > 0
-        latents = torch.addcmul(self.b_mag, product, rate).relu_().mul_(open_)
+        latents = torch.addcmul(self.b_mag.to(dtype), product, rate).relu_().mul_(open_)
         active = latents > 0
         counts = active.sum(0, dtype=torch.float32)
 
-        error = torch.addmm(self.b_dec, latents, self.W_dec).sub_(x)
-        auxiliary = torch.addmm(self.b_dec, gate, self.W_dec).sub_(x)
+        error = (latents @ W_dec).to(x.dtype).sub_(centred)
+        auxiliary = (gate @ W_dec).to(x.dtype).sub_(centred)
         mse = error.square().sum() / n
-        loss = mse + coefficient * gate.sum() / n + auxiliary.square().sum() / n
+        loss = mse + coefficient * gate.sum(dtype=x.dtype) / n + auxiliary.square().sum() / n
         error.mul_(2 / n)
         auxiliary.mul_(2 / n)
+        errors = error.to(dtype)
 
-        write_gradient(self.W_dec, latents.T @ error)
-        magnitude = torch.mm(error, self.W_dec.T, out=latents).mul_(active)
-        upstream = torch.mm(auxiliary, self.W_dec.T, out=gate).add_(coefficient / n).mul_(open_)
-        gate_bias = upstream.sum(0)
-        write_gradient(self.b_gate, gate_bias)
-        write_gradient(self.b_mag, magnitude.sum(0))
+        write_gradient(self.W_dec, latents.T @ errors)
+        magnitude = torch.mm(errors, W_dec.T, out=latents).mul_(active)
+        upstream = torch.mm(auxiliary.to(dtype), W_dec.T, out=gate).add_(coefficient / n).mul_(open_)
+        write_gradient(self.b_gate, upstream.sum(0, dtype=x.dtype))
+        write_gradient(self.b_mag, magnitude.sum(0, dtype=x.dtype))
         upstream.addcmul_(magnitude, rate)
-        write_gradient(self.r_mag, product.mul_(magnitude).sum(0).mul_(rate))
-        bias = upstream.sum(0)
-        write_gradient(self.W_enc, centred.T @ upstream)
-        write_gradient(self.b_dec, error.sum(0) - self.W_enc @ bias)
+        write_gradient(self.r_mag, product.mul_(magnitude).sum(0, dtype=x.dtype).mul_(rate))
+        write_gradient(self.W_enc, inputs.T @ upstream)
+        write_gradient(self.b_dec, error.sum(0) - self.W_enc @ upstream.sum(0, dtype=x.dtype))
         return Step(loss, mse, counts.sum() / n, counts)

@@ -62,23 +62,32 @@ class ReLUSAE(SAE):
         return (error + coefficient * self.penalty(latents).sum(-1)).mean()
 
     @torch.no_grad()
-    def gradients(self, x: Float[Tensor, "n d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]) -> Step:
-        n = len(x)
+    def gradients(
+        self,
+        x: Float[Tensor, "n d_in"],
+        coefficient: float,
+        dead: Bool[Tensor, " d_sae"],
+        dtype: torch.dtype | None = None,
+    ) -> Step:
+        n, dtype = len(x), dtype or x.dtype
+        W_enc, W_dec = self.W_enc.to(dtype), self.W_dec.to(dtype)
         centred = x - self.b_dec
-        latents = torch.addmm(self.b_enc, centred, self.W_enc).relu_()
-        error = torch.addmm(self.b_dec, latents, self.W_dec).sub_(x)
+        inputs = centred.to(dtype)
+        latents = torch.addmm(self.b_enc.to(dtype), inputs, W_enc).relu_()
+        error = (latents @ W_dec).to(x.dtype).sub_(centred)
         mse = error.square().sum() / n
         active = latents > 0
-        penalty = self.penalty(latents).sum() / n if coefficient else mse.new_zeros(())
+        penalty = self.penalty(latents).sum(dtype=x.dtype) / n if coefficient else mse.new_zeros(())
         counts = active.sum(0, dtype=torch.float32)
 
         error.mul_(2 / n)
-        upstream = error @ self.W_dec.T
+        errors = error.to(dtype)
+        upstream = errors @ W_dec.T
         self.add_penalty_slope_(upstream, latents, coefficient / n)
         upstream.mul_(active)
-        bias = upstream.sum(0)
-        write_gradient(self.W_dec, latents.T @ error)
-        write_gradient(self.W_enc, centred.T @ upstream)
+        bias = upstream.sum(0, dtype=x.dtype)
+        write_gradient(self.W_dec, latents.T @ errors)
+        write_gradient(self.W_enc, inputs.T @ upstream)
         write_gradient(self.b_enc, bias)
         write_gradient(self.b_dec, error.sum(0) - self.W_enc @ bias)
         return Step(mse + coefficient * penalty, mse, counts.sum() / n, counts)

@@ -83,39 +83,47 @@ class TopKSAE(SAE):
         return error + weight * left_over.square().sum(-1).mean()
 
     @torch.no_grad()
-    def gradients(self, x: Float[Tensor, "n d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]) -> Step:
-        n = len(x)
+    def gradients(
+        self,
+        x: Float[Tensor, "n d_in"],
+        coefficient: float,
+        dead: Bool[Tensor, " d_sae"],
+        dtype: torch.dtype | None = None,
+    ) -> Step:
+        n, dtype = len(x), dtype or x.dtype
+        W_enc, W_dec = self.W_enc.to(dtype), self.W_dec.to(dtype)
         centred = x - self.b_dec
-        pre = torch.addmm(self.b_enc, centred, self.W_enc)
+        inputs = centred.to(dtype)
+        pre = torch.addmm(self.b_enc.to(dtype), inputs, W_enc)
         values, indices = pre.topk(self.k, dim=-1, sorted=False)
         values.relu_()
         counts = torch.bincount(indices[values > 0], minlength=self.d_sae).float()
-        sparse = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+        sparse = x.device.type == "cpu" and dtype in (torch.float32, torch.float64)
         rows = (SparseRows if sparse else ScatteredRows)(indices, self.d_sae)
-        error = rows.times(values, self.W_dec).add_(self.b_dec).sub_(x)
+        error = rows.times(values, W_dec).to(x.dtype).sub_(centred)
         mse = error.square().sum() / n
         loss = mse
         auxiliary = self._auxiliary(pre, dead) if self.aux_coefficient and bool(dead.any()) else None
         if auxiliary is not None:
             which, chosen, weight = auxiliary
-            left_over = torch.addmm(error, chosen, self.W_dec[which]).neg_()
+            left_over = (chosen @ W_dec[which]).to(x.dtype).add_(error).neg_()
             loss = loss + weight * left_over.square().sum() / n
 
         error.mul_(2 / n)
-        upstream = rows.sample(error, self.W_dec).mul_(values > 0)
-        decoder, encoder = rows.transposed_times(values, error, upstream, centred)
-        bias = torch.zeros_like(self.b_enc).index_add_(0, indices.flatten(), upstream.flatten())
-        b_dec = error.sum(0)
+        errors = error.to(dtype)
+        upstream = rows.sample(errors, W_dec).mul_(values > 0)
+        decoder, encoder = rows.transposed_times(values, errors, upstream, inputs)
+        bias = torch.zeros_like(self.b_enc).index_add_(0, indices.flatten(), upstream.flatten().to(x.dtype))
         if auxiliary is not None:
-            left_over.mul_(-2 * weight / n)
-            decoder.index_add_(0, which, chosen.T @ left_over)
-            upstream_dead = (left_over @ self.W_dec[which].T).mul_(chosen != 0)
-            encoder.index_add_(1, which, centred.T @ upstream_dead)
-            bias.index_add_(0, which, upstream_dead.sum(0))
+            left = left_over.mul_(-2 * weight / n).to(dtype)
+            decoder.index_add_(0, which, chosen.T @ left)
+            upstream_dead = (left @ W_dec[which].T).mul_(chosen != 0)
+            encoder.index_add_(1, which, inputs.T @ upstream_dead)
+            bias.index_add_(0, which, upstream_dead.sum(0, dtype=x.dtype))
         write_gradient(self.W_dec, decoder)
         write_gradient(self.W_enc, encoder)
         write_gradient(self.b_enc, bias)
-        write_gradient(self.b_dec, b_dec - self.W_enc @ bias)
+        write_gradient(self.b_dec, error.sum(0) - self.W_enc @ bias)
         return Step(loss, mse, counts.sum() / n, counts)
 
 

@@ -8,7 +8,10 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,12 +67,9 @@ class SparseStream:
         pass
 
 
-def _train(out: Path, resume: bool) -> None:
+def _train(model: Any, texts: list[str], out: Path, resume: bool) -> None:
     import sae
-    from steerkit import HookedModel, load_documents
 
-    model = HookedModel.from_pretrained("storyworld", device="cpu")
-    texts = list(load_documents("storyworld")[:80])
     sae.train(
         model,
         texts,
@@ -87,14 +87,14 @@ def _train(out: Path, resume: bool) -> None:
     )
 
 
-def _in_child(out: Path, resume: bool, kill: random.Random | None) -> bool:
-    """Train in a forked child; with `kill`, SIGKILL it some time after it went beyond the checkpoints that it found. Whether it ended."""
+def _in_child(train: Callable[[Path, bool], None], out: Path, resume: bool, kill: random.Random | None) -> bool:
+    """Train in a forked child; with `kill`, SIGKILL it some time after its first new checkpoint. Whether the run is finished."""
     before = {path.name for path in (out / "checkpoint").glob("step-*")}
     child = os.fork()
     if not child:
         status = 1
         try:
-            _train(out, resume)
+            train(out, resume)
             status = 0
         finally:
             os._exit(status)
@@ -116,18 +116,16 @@ def _digest(run: Path) -> str:
 
 def main() -> None:
     """Print the digests of an uninterrupted run's weights and of a run that was killed, and how often it was."""
-    torch.set_num_threads(1)
-    import sae  # noqa: F401 – once, before the forks
-    import steerkit.models  # noqa: F401
+    from steerkit import HookedModel, load_documents
 
+    torch.set_num_threads(1)
     out, kills = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
-    _in_child(out / "whole", False, None)
+    train = partial(_train, HookedModel.from_pretrained("storyworld", device="cpu"), list(load_documents("storyworld")[:80]))
+    _in_child(train, out / "whole", False, None)
     n_kills = 0
-    for _ in range(5):
-        if _in_child(out / "killed", True, kills):
-            break
+    while n_kills < 4 and not _in_child(train, out / "killed", True, kills):
         n_kills += 1
-    _in_child(out / "killed", True, None)
+    _in_child(train, out / "killed", True, None)
     print(_digest(out / "whole"), _digest(out / "killed"), n_kills)
 
 
