@@ -34,7 +34,14 @@ def jobs(arguments: argparse.Namespace) -> list[tuple[str, list[str]]]:
         found.append(("bert-topk", [*bert, "--arch", "topk", "--k", "64"]))
         found.append(("bert-gated", [*bert, "--arch", "gated", "--target-l0", "62"]))
     if arguments.llama:
-        llama = ["--model", arguments.llama, "--data", arguments.stories, "--site", "blocks.2.hook_resid_post"]
+        llama = [
+            "--model",
+            arguments.llama,
+            "--data",
+            arguments.stories,
+            "--site",
+            "blocks.2.hook_resid_post",
+        ]
         llama += ["--d-sae", "1024", "--tokens", "1000000"]
         found.append(("llama-topk", [*llama, "--arch", "topk", "--k", "16"]))
         found.append(("llama-gated", [*llama, "--arch", "gated"]))
@@ -43,14 +50,18 @@ def jobs(arguments: argparse.Namespace) -> list[tuple[str, list[str]]]:
 
 def run(command: list[str]) -> dict[str, Any]:
     """The JSON object in the last line of a steerkit command's output."""
-    done = subprocess.run([sys.executable, "-m", "steerkit.cli.main", *command, "--json"], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "steerkit.cli.main", *command, "--json"], stdout=subprocess.PIPE, text=True
+    )
     if done.returncode:
         raise SystemExit(f"steerkit {' '.join(command)} ended with status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bert", help="directory of the encoder")
     parser.add_argument("--wikitext", help="WikiText-2, one paragraph a line")
     parser.add_argument("--llama", help="directory of the causal model")
@@ -65,10 +76,16 @@ def main() -> None:
     print("|---|" + "---|" * (len(columns) + 3))
     for name, command in jobs(arguments):
         out = arguments.out / f"{name}-{arguments.seed}"
-        summary = run(["train", "sae", *command, "--seed", str(arguments.seed), "--out", str(out), "--resume"])
+        summary = run(
+            ["train", "sae", *command, "--seed", str(arguments.seed), "--out", str(out), "--resume"]
+        )
         nulls = {row["name"]: row for row in run(["eval", "sae", str(out), "--nulls"])["nulls"]}
         random, mean = nulls.get("random SAE", {}), nulls.get("mean ablation", {})
-        cells = [summary[column] for column in columns] + [random.get("fvu"), random.get("delta_ce"), mean.get("delta_ce")]
+        cells = [summary[column] for column in columns] + [
+            random.get("fvu"),
+            random.get("delta_ce"),
+            mean.get("delta_ce"),
+        ]
         shown = " | ".join("–" if value is None else f"{value:.4g}" for value in cells)
         print(f"| {name} | {shown} |", flush=True)
 

@@ -4,7 +4,8 @@
     import sae
 
     model = HookedModel.from_pretrained("storyworld")
-    run = sae.train(model, "storyworld", site="blocks.2.hook_resid_post", arch=sae.Gated(d_sae=1024), tokens=2_000_000, out="runs/g")
+    site = "blocks.2.hook_resid_post"
+    run = sae.train(model, "storyworld", site=site, arch=sae.Gated(d_sae=1024), tokens=2_000_000, out="runs/g")
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from steerkit.activation_cache import ActivationCache
     from steerkit.activations import ActivationStream, Tokenization
     from steerkit.data import Documents, load_documents
     from steerkit.models import HookedModel
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "ActivationCache": "steerkit.activation_cache",
     "HookedModel": "steerkit.models",
     "ActivationStream": "steerkit.activations",
     "Tokenization": "steerkit.activations",
@@ -27,7 +30,15 @@ _EXPORTS = {
     "load_documents": "steerkit.data",
 }
 
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [
+    "ActivationCache",
+    "ActivationStream",
+    "Documents",
+    "HookedModel",
+    "Tokenization",
+    "__version__",
+    "load_documents",
+]
 
 
 def __getattr__(name: str) -> Any:

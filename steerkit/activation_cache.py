@@ -112,6 +112,11 @@ def cache(
     return ActivationCache.open(out, verify=False)
 
 
+def is_cache(path: Any) -> bool:
+    """Whether `path` is the directory of an activation cache."""
+    return isinstance(path, (str, Path)) and (Path(path) / "cache.json").is_file()
+
+
 class ActivationCache:
     """A finished cache. Use `ActivationCache.open`."""
 
@@ -185,8 +190,8 @@ class ActivationCache:
                 out = found.new_empty((len(index), found.shape[1]))
             out[torch.from_numpy(group)] = found
             self._resident += min(shard.bytes, len(group) * _FAULT_BYTES)
-        if self._resident > _MAPPED_BYTES:
-            self.close()
+            if self._resident > _MAPPED_BYTES:
+                self.close()
         assert out is not None
         return out
 
@@ -359,6 +364,7 @@ class _Writer:
         """Write the shards that are missing; gives the number of tokens of each."""
         made, sites = self.made_with, self.made_with["sites"]
         rows = reader.rows(self.cursor)
+        buffers: dict[str, Tensor] = {}
         more = True
         while more and self.tokens < made["tokens"]:
             wanted = min(made["shard_tokens"], made["tokens"] - self.tokens)
@@ -366,7 +372,14 @@ class _Writer:
             if not taken:
                 break
             number = len(self.shards)
-            block = read_block(reader, taken, sites, batch_tokens=batch_tokens, place=f" of shard {number}")
+            block = read_block(
+                reader,
+                taken,
+                sites,
+                batch_tokens=batch_tokens,
+                buffers=buffers,
+                place=f" of shard {number}",
+            )
             thresholds = (
                 {site: s.sink_threshold for site, s in self.statistics.items()}
                 if self.statistics

@@ -29,7 +29,16 @@ from typing import Any
 
 from steerkit.errors import CheckpointError, InputError, SteerkitError
 
-_PACKAGES = ("steerkit", "torch", "transformers", "transformer-lens", "sae-lens", "numpy", "peft", "safetensors")
+_PACKAGES = (
+    "steerkit",
+    "torch",
+    "transformers",
+    "transformer-lens",
+    "sae-lens",
+    "numpy",
+    "peft",
+    "safetensors",
+)
 
 
 # -- files that appear whole or not at all ---------------------------------------------------------------------------
@@ -288,8 +297,16 @@ def peak_memory_mb() -> float:
 class _PlainProgress:
     """Lines with rate and ETA, at most one every `seconds`; for logs and pipes."""
 
-    def __init__(self, total: float, description: str, unit: str, quiet: bool, done: float, seconds: float = 10) -> None:
-        self.total, self.description, self.unit, self.quiet, self.seconds = total, description, unit, quiet, seconds
+    def __init__(
+        self, total: float, description: str, unit: str, quiet: bool, done: float, seconds: float = 10
+    ) -> None:
+        self.total, self.description, self.unit, self.quiet, self.seconds = (
+            total,
+            description,
+            unit,
+            quiet,
+            seconds,
+        )
         self.done = self.first = done
         self.started = self.shown = time.monotonic()
 

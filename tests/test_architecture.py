@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = ["core", "sae", "probes", "steerkit.steering", "steerkit.adapters", "steerkit.cli"]
-SOURCES = [path for package in ("steerkit", "sae", "probes") for path in sorted((ROOT / package).rglob("*.py"))]
+SOURCES = [
+    path for package in ("steerkit", "sae", "probes") for path in sorted((ROOT / package).rglob("*.py"))
+]
 
 
 def floor_of(module: str) -> int | None:
@@ -56,7 +58,10 @@ def test_a_file_imports_only_what_stands_before_it(path):
 
 def test_there_are_no_import_cycles():
     graph: dict[str, set[str]] = {}
-    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in SOURCES
+    }
     for name, path in names.items():
         graph[name] = {module for module, _ in imports_of(path) if module in names and module != name}
     # A package's __init__ that gathers its own submodules is the one direction that is not a cycle.
@@ -66,7 +71,7 @@ def test_there_are_no_import_cycles():
     done: set[str] = set()
 
     def walk(name: str) -> None:
-        assert name not in visiting, f"cycle: {' -> '.join([*visiting[visiting.index(name):], name])}"
+        assert name not in visiting, f"cycle: {' -> '.join([*visiting[visiting.index(name) :], name])}"
         if name in done:
             return
         visiting.append(name)
@@ -85,13 +90,19 @@ def test_importing_the_packages_is_cheap():
         "heavy = {'transformers', 'transformer_lens', 'sae_lens', 'plotly', 'sklearn', 'pandas', 'datasets', 'peft'}\n"
         "print(sorted(heavy & set(sys.modules) - before))"
     )
-    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert output.stdout.strip() == "[]"
 
 
 def test_nothing_is_unpickled():
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads"):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "torch.load",
+                "pickle.load",
+                "pickle.loads",
+            ):
                 safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
                 assert safe, f"{path}:{node.lineno} unpickles"

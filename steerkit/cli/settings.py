@@ -14,9 +14,7 @@ from steerkit.errors import InputError, did_you_mean
 T = TypeVar("T")
 
 
-def merge(
-    config: Path | None, assignments: Sequence[str], flags: Mapping[str, Any]
-) -> dict[str, Any]:
+def merge(config: Path | None, assignments: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]:
     """The nested dictionary that a settings file, `a.b=c` assignments and dotted flags (None = not given) make together.
 
     Raises InputError for a file that is missing or no mapping, and for an assignment without `=`.

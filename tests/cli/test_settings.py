@@ -30,7 +30,9 @@ class Outer:
 def test_defaults_then_file_then_set_then_flag(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("kind: train sae\nmodel: file\ntokens: 1\ninner: {lr: 1.0}\n")
-    values = merge(file, ["tokens=2", "inner.lr=2e-3", "inner.betas=[0, 0.99]"], {"tokens": 3, "inner.clip": None})
+    values = merge(
+        file, ["tokens=2", "inner.lr=2e-3", "inner.betas=[0, 0.99]"], {"tokens": 3, "inner.clip": None}
+    )
     assert build(Outer, values) == Outer("file", 3, inner=Inner(lr=2e-3, betas=(0.0, 0.99)))
     assert build(Outer, merge(file, ["tokens=2"], {})).tokens == 2
     assert build(Outer, merge(file, [], {})).tokens == 1

@@ -1,0 +1,41 @@
+"""`steerkit`: the command line's root. Commands are imported here; what they need, when they run."""
+
+from __future__ import annotations
+
+import typer
+
+from steerkit.cli import cache, convert, dashboard, demo, doctor, evaluate, inspect, train
+from steerkit.cli.common import command
+
+app = typer.Typer(
+    name="steerkit",
+    help="See inside a language model, and change what it does.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+train_app = typer.Typer(help="Train on a model's activations.", no_args_is_help=True, rich_markup_mode=None)
+eval_app = typer.Typer(help="Evaluate on held-out text.", no_args_is_help=True, rich_markup_mode=None)
+convert_app = typer.Typer(help="Convert between file formats.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(train_app, name="train")
+app.add_typer(eval_app, name="eval")
+app.add_typer(convert_app, name="convert")
+
+app.command("doctor")(command(doctor.doctor))
+app.command("demo")(command(demo.demo))
+app.command("inspect")(command(inspect.inspect))
+app.command("cache")(command(cache.cache))
+app.command("dashboard")(command(dashboard.dashboard))
+train_app.command("sae")(command(train.train_sae))
+eval_app.command("sae")(command(evaluate.eval_sae))
+convert_app.command("sae")(command(convert.convert_sae))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
