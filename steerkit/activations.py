@@ -163,6 +163,7 @@ class ActivationStream:
         self._block: _ShuffledBlock | None = None
         self._ahead: _Ahead | None = None
         self._rows: tuple[_Place, Iterator[Row]] | None = None
+        self._spare_buffers: list[dict[str, Tensor]] = []
         self._cuda_stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
     @property
@@ -246,11 +247,18 @@ class ActivationStream:
         while self._block is None or self._offset >= len(self._block):
             if self._block is not None:
                 self._place, self._offset = self._block.next, 0
+                self._release(self._block)
                 self._block = None
             self._block = self._take(self._place)
         if self.prefetch:
             self._ahead = _Ahead(partial(self._compute_beside, self._block.next))
         return self._block
+
+    def _release(self, block: _ShuffledBlock) -> None:
+        """Keep a block's memory for a later one. On CUDA the allocator does so, which knows what is still
+        being read."""
+        if self._cuda_stream is None:
+            self._spare_buffers.append(block.buffers)
 
     def _take(self, place: _Place) -> _ShuffledBlock:
         block, seconds = self._ahead.result() if self._ahead is not None else self._compute(place)
@@ -276,26 +284,29 @@ class ActivationStream:
     ) -> tuple[_ShuffledBlock, float]:
         started = time.perf_counter()
         rows, after = self._read_rows(place)
-        where = f" of block {place.block}"
-        block = read_block(
-            self._reader, rows, self.sites, batch_tokens=self.batch_tokens, place=where, cancelled=cancelled
+        buffers = self._spare_buffers.pop() if self._spare_buffers else {}
+        whole = read_block(
+            self._reader,
+            rows,
+            self.sites,
+            batch_tokens=self.batch_tokens,
+            buffers=buffers,
+            place=f" of block {place.block}",
+            cancelled=cancelled,
         )
-        if not self._statistics:
-            thresholds = block.sink_thresholds(self.layout)
-            block = block.without_sinks(thresholds)
-            if len(block):
-                self._statistics = {
-                    site: Statistics.of(block.acts[site], site, thresholds[site]) for site in self.sites
-                }
-        else:
-            block = block.without_sinks({site: s.sink_threshold for site, s in self._statistics.items()})
+        known = {site: s.sink_threshold for site, s in self._statistics.items()}
+        thresholds = known or whole.sink_thresholds(self.layout)
+        block = whole.without_sinks(thresholds)
+        if not known and len(block):
+            self._statistics = {
+                site: Statistics.of(block.acts[site], site, thresholds[site]) for site in self.sites
+            }
         if not len(block) and (place.document, place.token) == (0, 0) and after.passes > place.passes:
             raise InputError(
                 f"{self.documents.name}: not one token that counts, without special and sink tokens."
             )
-        return _ShuffledBlock(
-            block.acts, self._permutation(place.block, len(block)), after
-        ), time.perf_counter() - started
+        shuffled = _ShuffledBlock(block.acts, self._permutation(place.block, len(block)), after, buffers)
+        return shuffled, time.perf_counter() - started
 
     def _read_rows(self, place: _Place) -> tuple[list[Row], _Place]:
         """The rows of the block that begins at `place`, and where the next one begins."""
@@ -323,6 +334,8 @@ class _ShuffledBlock:
     acts: dict[str, Tensor]
     order: Tensor
     next: _Place
+    buffers: dict[str, Tensor]
+    """The memory that `acts` lie in."""
 
     def __len__(self) -> int:
         return len(self.order)

@@ -133,15 +133,20 @@ def read_block(
     sites: Sequence[str],
     *,
     batch_tokens: int = BATCH_TOKENS,
+    buffers: dict[str, Tensor] | None = None,
     place: str = "",
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Block:
     """Run the model over `rows` in batches of like length and keep the tokens that count.
 
+    The block's activations are written into `buffers` where those are large enough; larger ones are put
+    there.
+
     Raises NumericsError, naming site, `place` and documents, on NaN or inf; Cancelled soon after
     `cancelled()` is true.
     """
     n = sum(row.n_kept for row in rows)
+    buffers = {} if buffers is None else buffers
     numbers = {id(row): number for number, row in enumerate(rows)}
     acts: dict[str, Tensor] = {}
     index = np.empty((4, n), dtype=np.int64)
@@ -158,7 +163,9 @@ def read_block(
         for site, found in _forward(reader.model, batch, sites).items():
             flat = found.flatten(0, 1)
             if site not in acts:
-                acts[site] = flat.new_empty((n, flat.shape[1]))
+                if site not in buffers or len(buffers[site]) < n:
+                    buffers[site] = flat.new_empty((n + reader.layout.context, flat.shape[1]))
+                acts[site] = buffers[site][:n]
             torch.index_select(flat, 0, kept.to(flat.device), out=acts[site][here])
     norms = {site: _norms(values) for site, values in acts.items()}
     for site in acts:

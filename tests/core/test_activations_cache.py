@@ -33,7 +33,8 @@ def tiny_llama() -> HookedModel:
     tokenizer = build_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=64, initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        num_attention_heads=2, max_position_embeddings=64, initializer_range=0.3, bos_token_id=1,
+        eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     return HookedModel.from_pretrained(LlamaForCausalLM(config).eval(), tokenizer=tokenizer, device="cpu")
@@ -318,7 +319,7 @@ except SteerkitError as error:
     print(json.dumps([type(error).__name__, str(error), sorted(os.listdir({out!r} + "/c"))]))
     index = json.loads(open({out!r} + "/c/cache.json").read())
     for shard in index["shards"]:
-        assert hashlib.sha256(open({out!r} + "/c/" + shard["file"], "rb").read()).hexdigest() == shard["sha256"]
+        assert contents(Path({out!r} + "/c"))[shard["file"]] == shard["sha256"]
 """
 
 
