@@ -94,6 +94,8 @@ class HookedModel:
         Weights are read from safetensors only. Raises InputError when there is no such model,
         CheckpointError when its weights are incomplete.
         """
+        if isinstance(source, HookedModel):
+            return source
         return cls(
             load(
                 source,
