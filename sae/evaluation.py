@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae import thresholds
 from sae.architectures import SAE
+from sae.thresholds import mean_l0, strongest
 from steerkit.activations import TokenBatch, Tokenization, collect, is_sink, token_batches
 from steerkit.data import Documents, load_documents
 from steerkit.errors import InputError, NumericsError
@@ -236,9 +236,9 @@ def random_sae(like: SAE, acts: Float[Tensor, "n d_in"], *, seed: int = 0) -> SA
     found.W_dec.copy_(F.normalize(rows, dim=1))
     found.W_enc.copy_(found.W_dec.T)
     found.b_dec.copy_(acts.mean(0))
-    l0, wanted = thresholds.mean_l0(found, acts), thresholds.mean_l0(like, acts)
+    l0, wanted = mean_l0(found, acts), mean_l0(like, acts)
     if like.threshold is not None or l0 > wanted:
-        found.threshold = thresholds.strongest(found, acts, wanted / l0)
+        found.threshold = strongest(found, acts, wanted / l0)
     found.W_dec.mul_(_best_factor(found, acts))
     found.metadata = {**like.metadata, "null": "random SAE", "null_seed": seed}
     return found
