@@ -91,9 +91,10 @@ def build(
         raise InputError(f"The statistics are of {stats.d_sae} latents, the SAE has {sae.d_sae}.")
     ids = _select(chosen, stats)
     content = _Content(model, sae, stats, ids, dict(concepts or {}))
+    name = "/".join(Path(stats.info["model"]).parts[-2:])
     content.head |= {
-        "title": title or f"{_ARCH_NAMES.get(sae.arch, sae.arch)} SAE of {stats.info['model']}",
-        "subtitle": f"{stats.info['model']} · {stats.info['site']}",
+        "title": title or f"{_ARCH_NAMES.get(sae.arch, sae.arch)} SAE of {name}",
+        "subtitle": f"{name} · {stats.info['site']}",
         "arch": _ARCH_NAMES.get(sae.arch, sae.arch),
         "summary": jsonable(_summary(sae, stats, summary or {})),
         "provenance": jsonable({**stats.info, **(provenance or {})}),
