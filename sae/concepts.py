@@ -1,14 +1,23 @@
-"""Which latents know what: on StoryWorld, how well one latent tells each value of each attribute from the rest.
+"""Which latents know what: on StoryWorld, how well one latent tells each value of each attribute from the
+rest.
 
     scores = concept_scores(model, run.sae, "blocks.2.hook_resid_post")
     scores["mood", "happy"].auroc, scores["mood", "happy"].posterior
 
 For every value the latent with the best AUROC is chosen on some stories and scored on others; its interval is
-clustered by story. Every token is an item, labelled with what its story (for `voice`: it itself) is about,
-whether or not the text has said so yet. So 1 is out of reach: the ceiling is the AUROC of the exact
-P(value | text so far). Beside it stand what needs no learned dictionary: the best latent of a random SAE and
-of an SAE trained on the randomly initialised model, the token alone (rates by token, from the stories of the
-choice), and the best coordinate of the activations with either sign.
+clustered by story. What is told apart are
+
+    per="token"   tokens, each labelled with what its story (for `voice`: it itself) is about, whether or not
+    the
+                  text has said so yet. A latent that fires on the few words of its value says nothing about
+                  the other tokens: sparse latents lie near 0.5 here, however pure they are.
+    per="story"   stories, by the strongest activation on any of their tokens: whether the latent fires at
+    all.
+
+The ceiling is the AUROC of the exact P(value | text so far), or of P(value | story). Beside it stand what
+needs no learned dictionary: the best latent of a random SAE and of an SAE trained on the randomly initialised
+model, the token alone (rates by token, from the stories of the choice), and the best coordinate of the
+activations with either sign; per story the strongest of each.
 """
 
 from __future__ import annotations
@@ -17,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +38,7 @@ from sae.evaluation import check_fits, random_sae
 from sae.thresholds import encoded
 from steerkit import storyworld
 from steerkit.activations import Tokenization, collect
-from steerkit.errors import InputError, NumericsError
+from steerkit.errors import InputError, NumericsError, did_you_mean
 from steerkit.models import HookedModel
 from steerkit.runs import progress, write_json
 from steerkit.stats import Interval, auroc, auroc_interval, midranks
@@ -42,6 +51,7 @@ STORY_SEED = 7_000_003
 
 Concept = tuple[str, str]
 """(attribute, value)."""
+Per = Literal["token", "story"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,8 @@ class ConceptScores:
     """A score for every value that enough stories have."""
 
     rows: tuple[ConceptScore, ...]
+    per: Per
+    """What is told apart."""
     tokens: int
     """Tokens that were scored."""
     stories: int
@@ -98,7 +110,13 @@ class ConceptScores:
     def to_dict(self) -> dict[str, Any]:
         means = {name: self.mean(name) for name in _COLUMNS}
         rows = [asdict(row) for row in self.rows]
-        return {"tokens": self.tokens, "stories": self.stories, "mean": means, "rows": rows}
+        return {
+            "per": self.per,
+            "tokens": self.tokens,
+            "stories": self.stories,
+            "mean": means,
+            "rows": rows,
+        }
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict()` as JSON."""
@@ -112,7 +130,7 @@ class ConceptScores:
             interval = f"{row.ci.low:.3f}–{row.ci.high:.3f}"
             lines.append(f"{row.attribute + '=' + row.value:<22}{row.latent:>7}{interval:>16}{cells}")
         lines.append(f"{'mean':<45}" + "".join(f"{self.mean(name):>14.3f}" for name in columns))
-        lines.append(f"AUROC on {self.tokens:,} tokens of {self.stories:,} stories")
+        lines.append(f"AUROC per {self.per}, on {self.tokens:,} tokens of {self.stories:,} stories")
         return "\n".join(lines)
 
 
@@ -125,6 +143,7 @@ def concept_scores(
     sae: SAE,
     site: str,
     *,
+    per: Per = "token",
     tokens: int = 100_000,
     chosen_on: float = 0.6,
     min_stories: int = 20,
@@ -138,48 +157,51 @@ def concept_scores(
 ) -> ConceptScores:
     """Score every value that at least `min_stories` stories have, and as many have not, on both sides.
 
-    `chosen_on` is the share of the about `tokens` tokens on which latents are chosen. `random_model_sae` is an
-    SAE trained on `model.randomized(random_model_seed)`. Raises InputError for a model whose tokens are not
-    StoryWorld's words, an SAE that does not fit, or too few stories.
+    `chosen_on` is the share of the about `tokens` tokens on which latents are chosen. `random_model_sae` is
+    an SAE trained on `model.randomized(random_model_seed)`. Raises InputError for a model whose tokens are
+    not StoryWorld's words, an SAE that does not fit, or too few stories.
     """
     check_fits(model, sae, site)
+    names = _attributes(attributes, per)
     stories = _stories(model, tokens, seed)
     n_chosen = int(chosen_on * len(stories))
-    names = list(storyworld.ATTRIBUTES) if attributes is None else list(attributes)
     concepts = _populated(stories[:n_chosen], stories[n_chosen:], names, min_stories)
-    words = _words(model, site, stories, n_chosen, concepts, tokenization)
-    latents = _Best.of(sae, words)
-    null = random_sae(sae, words.acts[words.chosen])
-    random_scores = _Best.of(null, words).scores
+
+    def read(model: HookedModel) -> _Items:
+        return _Items(_words(model, site, stories, n_chosen, concepts, tokenization), per)
+
+    items = read(model)
+    latents = _Best.of(sae, items)
+    null = random_sae(sae, items.words.acts[items.words.document < n_chosen])
+    random_scores = _Best.of(null, items).scores
     of_random_model = None
     if random_model_sae is not None:
         random_model = model.randomized(random_model_seed)
         check_fits(random_model, random_model_sae, site, "of the random model")
-        other = _words(random_model, site, stories, n_chosen, concepts, tokenization)
-        of_random_model = _Best.of(random_model_sae, other).scores
-    ceiling = _ceilings(stories, concepts, words, quiet) if posterior else None
-    by_token, by_coordinate = _token_scores(words), _residual_scores(words)
-    groups = words.document[words.scored]
+        of_random_model = _Best.of(random_model_sae, read(random_model)).scores
+    ceiling = _ceilings(stories, concepts, items, quiet) if posterior else None
+    by_token, by_coordinate = _token_scores(items), _residual_scores(items)
+    groups, labels = items.story[items.scored], items.labels[items.scored]
     rows = []
     for c, (attribute, value) in enumerate(concepts):
-        interval = auroc_interval(latents.values[c], words.labels[words.scored, c], groups)
         rows.append(
             ConceptScore(
                 attribute,
                 value,
                 int(latents.latent[c]),
                 float(latents.scores[c]),
-                interval,
+                auroc_interval(latents.values[c], labels[:, c], groups),
                 None if ceiling is None else float(ceiling[c]),
                 float(random_scores[c]),
                 None if of_random_model is None else float(of_random_model[c]),
                 float(by_token[c]),
                 float(by_coordinate[c]),
-                len(np.unique(groups[words.labels[words.scored, c]])),
+                len(np.unique(groups[labels[:, c]])),
             )
         )
+    n_scored = int((items.words.document >= n_chosen).sum())
     selection = torch.from_numpy(latents.selection)
-    return ConceptScores(tuple(rows), int((words.scored).sum()), len(np.unique(groups)), selection)
+    return ConceptScores(tuple(rows), per, n_scored, len(np.unique(groups)), selection)
 
 
 # AUROCs of many columns at once
@@ -234,6 +256,17 @@ def _areas(rank_sums: np.ndarray, n_positive: np.ndarray, n: int) -> np.ndarray:
 # stories
 
 
+def _attributes(names: Sequence[str] | None, per: Per) -> list[str]:
+    if per not in ("token", "story"):
+        raise InputError(f"per is {per!r}: concepts are scored per token or per story.")
+    known = [name for name in storyworld.ATTRIBUTES if per == "token" or name != "voice"]
+    for name in names or ():
+        if name not in known:
+            alone = " Score it per token." if name == "voice" else did_you_mean(name, known)
+            raise InputError(f"No story has an attribute {name!r}; there are {', '.join(known)}.{alone}")
+    return known if names is None else list(names)
+
+
 def _stories(model: HookedModel, tokens: int, seed: int) -> list[storyworld.Story]:
     """Whole stories with about so many tokens, that the model reads word by word."""
     found: list[storyworld.Story] = []
@@ -262,9 +295,6 @@ def _populated(
     """The values that enough stories have, and enough have not, on either side."""
     found = []
     for attribute in attributes:
-        if attribute not in storyworld.ATTRIBUTES:
-            known = ", ".join(storyworld.ATTRIBUTES)
-            raise InputError(f"StoryWorld has no attribute {attribute!r}; there are {known}.")
         for value in storyworld.ATTRIBUTES[attribute]:
             if attribute == "voice" or all(
                 min_stories <= sum(s.attributes[attribute] == value for s in side) <= len(side) - min_stories
@@ -281,19 +311,68 @@ def _populated(
 
 @dataclass(frozen=True)
 class _Words:
-    """The tokens that count, with what is true of them."""
+    """The tokens that count, story by story, with what is true of them."""
 
     acts: Float[Tensor, "n d_in"]
     token_ids: Int[np.ndarray, " n"]
     document: Int[np.ndarray, " n"]
+    """Index of each token's story."""
     position: Int[np.ndarray, " n"]
     chosen: Bool[np.ndarray, " n"]
     """Whether the token is one of those on which latents are chosen."""
     labels: Bool[np.ndarray, "n concepts"]
 
+
+@dataclass(frozen=True)
+class _Items:
+    """What is told apart: tokens, or stories, of which the first token speaks for what is true of all."""
+
+    words: _Words
+    per: Per
+
     @cached_property
-    def scored(self) -> Bool[np.ndarray, " n"]:
+    def starts(self) -> Int[np.ndarray, " items"]:
+        """The first token of each item."""
+        document = self.words.document
+        if self.per == "token":
+            return np.arange(len(document))
+        return np.flatnonzero(np.concatenate([[True], document[1:] != document[:-1]]))
+
+    @cached_property
+    def labels(self) -> Bool[np.ndarray, "items concepts"]:
+        return self.words.labels[self.starts]
+
+    @cached_property
+    def story(self) -> Int[np.ndarray, " items"]:
+        return self.words.document[self.starts]
+
+    @cached_property
+    def chosen(self) -> Bool[np.ndarray, " items"]:
+        return self.words.chosen[self.starts]
+
+    @cached_property
+    def scored(self) -> Bool[np.ndarray, " items"]:
         return ~self.chosen
+
+    def strongest(self, values: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "items k"]:
+        """The maximum over each item's tokens."""
+        return values if self.per == "token" else np.maximum.reduceat(values, self.starts, axis=0)
+
+    def strongest_latents(self, latents: csr_array) -> csr_array:
+        """The same for non-negative sparse columns (n, d_sae)."""
+        from scipy.sparse import csr_array
+
+        if self.per == "token":
+            return latents
+        entries = latents.tocoo()
+        item = np.searchsorted(self.starts, entries.row, side="right") - 1
+        order = np.lexsort((entries.col, item))
+        item, column = item[order], entries.col[order]
+        new = np.ones(len(item), dtype=bool)
+        new[1:] = (item[1:] != item[:-1]) | (column[1:] != column[:-1])
+        first = np.flatnonzero(new)
+        values = np.maximum.reduceat(entries.data[order], first) if len(first) else entries.data
+        return csr_array((values, (item[first], column[first])), shape=(len(self.starts), latents.shape[1]))
 
 
 def _words(
@@ -330,17 +409,16 @@ class _Best:
     latent: Int[np.ndarray, " concepts"]
     scores: Float[np.ndarray, " concepts"]
     values: Float[np.ndarray, "concepts scored"]
-    """Its activations on the scored tokens."""
+    """Its activations on the scored items."""
     selection: Float[np.ndarray, "d_sae concepts"]
 
     @classmethod
-    def of(cls, sae: SAE, words: _Words) -> _Best:
-        latents = _activity(sae, words.acts)
-        selection = latent_aurocs(latents[words.chosen], words.labels[words.chosen])
+    def of(cls, sae: SAE, items: _Items) -> _Best:
+        latents = items.strongest_latents(_activity(sae, items.words.acts))
+        selection = latent_aurocs(latents[items.chosen], items.labels[items.chosen])
         best = selection.argmax(0)
-        values = latents[words.scored][:, best].toarray().T
-        scores = [auroc(values[c], words.labels[words.scored, c]) for c in range(len(best))]
-        return cls(best, np.array(scores), values, selection)
+        values = latents[items.scored][:, best].toarray().T
+        return cls(best, _aurocs(values.T, items), values, selection)
 
 
 def _activity(sae: SAE, acts: Float[Tensor, "n d_in"]) -> csr_array:
@@ -354,44 +432,53 @@ def _activity(sae: SAE, acts: Float[Tensor, "n d_in"]) -> csr_array:
     return found
 
 
-def _token_scores(words: _Words) -> Float[np.ndarray, " concepts"]:
+def _token_scores(items: _Items) -> Float[np.ndarray, " concepts"]:
     """Rates by token on the chosen stories, drawn towards the overall rate by one pseudo-token."""
+    words = items.words
     size = int(words.token_ids.max()) + 1
     token, labels = words.token_ids[words.chosen], words.labels[words.chosen]
     seen = np.bincount(token, minlength=size)
-    scores = []
-    for c in range(labels.shape[1]):
-        rate = (np.bincount(token, labels[:, c], size) + labels[:, c].mean()) / (seen + 1)
-        scores.append(auroc(rate[words.token_ids[words.scored]], words.labels[words.scored, c]))
-    return np.array(scores)
+    counts = np.stack([np.bincount(token, column, size) for column in labels.T], axis=1)
+    rates = (counts + labels.mean(0)) / (seen + 1)[:, None]
+    return _aurocs(items.strongest(rates[words.token_ids])[items.scored], items)
 
 
-def _residual_scores(words: _Words) -> Float[np.ndarray, " concepts"]:
-    acts = words.acts.cpu().numpy()
-    selection = column_aurocs(acts[words.chosen], words.labels[words.chosen]) - 0.5
+def _residual_scores(items: _Items) -> Float[np.ndarray, " concepts"]:
+    acts = items.words.acts.cpu().numpy()
+    columns = acts if items.per == "token" else items.strongest(np.concatenate([acts, -acts], axis=1))
+    selection = column_aurocs(columns[items.chosen], items.labels[items.chosen]) - 0.5
     best = np.abs(selection).argmax(0)
-    scores = []
-    for c, coordinate in enumerate(best):
-        sign = np.sign(selection[coordinate, c]) or 1.0
-        scores.append(auroc(sign * acts[words.scored, coordinate], words.labels[words.scored, c]))
-    return np.array(scores)
+    sign = np.where(selection[best, np.arange(len(best))] < 0, -1.0, 1.0)
+    return _aurocs(columns[items.scored][:, best] * sign, items)
 
 
 def _ceilings(
-    stories: Sequence[storyworld.Story], concepts: Sequence[Concept], words: _Words, quiet: bool
+    stories: Sequence[storyworld.Story], concepts: Sequence[Concept], items: _Items, quiet: bool
 ) -> Float[np.ndarray, " concepts"]:
-    """AUROC of the exact probabilities on the scored tokens."""
+    """AUROC of the exact probabilities."""
     attributes = list(dict.fromkeys(name for name, _ in concepts))
     columns = [(name, storyworld.ATTRIBUTES[name].index(value)) for name, value in concepts]
-    document, position = words.document[words.scored], words.position[words.scored]
-    found = np.empty((len(document), len(concepts)))
-    numbers = np.unique(document)
+    story, position = items.story[items.scored], items.words.position[items.starts][items.scored]
+    found = np.empty((len(story), len(concepts)))
+    numbers = np.unique(story)
     with progress(len(numbers), "exact posteriors", unit="stories", quiet=quiet) as bar:
         for number in numbers:
-            here = document == number
-            beliefs = storyworld.posterior(stories[number].tokens, attributes=attributes)
-            story = np.stack([beliefs[name][:, column] for name, column in columns], 1)
-            found[here] = story[position[here]]
+            here = story == number
+            tokens = stories[number].tokens
+            if items.per == "token":
+                beliefs = storyworld.posterior(tokens, attributes=attributes)
+                found[here] = np.stack([beliefs[name][position[here], at] for name, at in columns], 1)
+            else:
+                reader = storyworld.Reader()
+                for token in tokens:
+                    reader.push(token)
+                known = {name: reader.attribute(name) for name in attributes}
+                found[here] = [known[name][at] for name, at in columns]
             bar.advance(1)
-    labels = words.labels[words.scored]
-    return np.array([auroc(found[:, c], labels[:, c]) for c in range(len(concepts))])
+    return _aurocs(found, items)
+
+
+def _aurocs(scores: Float[np.ndarray, "scored concepts"], items: _Items) -> Float[np.ndarray, " concepts"]:
+    """The AUROC of each concept's own scores, on the scored items."""
+    labels = items.labels[items.scored]
+    return np.array([auroc(column, label) for column, label in zip(scores.T, labels.T)])

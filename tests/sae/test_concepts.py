@@ -63,7 +63,7 @@ def sklearn_areas(columns, labels):
         ]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 60), st.sampled_from([0.05, 0.5, 1.0]))
 def test_areas_are_scikit_learns(seed, n, density):
     """With ties among the active tokens, silent latents, always active ones, and labels of one class."""
@@ -102,6 +102,43 @@ def test_scores_are_those_of_a_plain_computation(model, sae, scores):
         column = storyworld.ATTRIBUTES[row.attribute].index(row.value)
         ceiling = roc_auc_score(labels[~chosen], np.concatenate(beliefs)[:, column])
         assert row.posterior == pytest.approx(ceiling)
+
+
+def known(story, attribute):
+    """The exact belief once the story has been read."""
+    return storyworld.posterior(story.tokens, attributes=[attribute])[attribute][-1]
+
+
+def test_scores_per_story_are_those_of_a_plain_computation(model, sae):
+    found = concept_scores(model, sae, SITE, per="story", random_model_sae=sae, **SMALL)
+    assert (found.per, "voice" in {row.attribute for row in found.rows}) == ("story", False)
+    stories, n = [], 0
+    for story in storyworld.stream(STORY_SEED):
+        if n >= SMALL["tokens"]:
+            break
+        stories.append(story)
+        n += len(story.tokens)
+    half = int(0.6 * len(stories))
+    each = [collect(model, [story.text], SITE)[SITE] for story in stories]
+    latents = np.stack([sae.encode(acts).amax(0).numpy() for acts in each])
+    coordinates = np.stack([torch.cat([acts, -acts], 1).amax(0).numpy() for acts in each])
+    for row in found.rows[::25]:
+        labels = np.array([story.attributes[row.attribute] == row.value for story in stories])
+        areas = [roc_auc_score(labels[:half], column) for column in latents[:half].T]
+        assert areas[row.latent] == pytest.approx(max(areas))
+        assert row.auroc == pytest.approx(roc_auc_score(labels[half:], latents[half:, row.latent]))
+        assert row.stories == labels[half:].sum()
+        areas = np.array([roc_auc_score(labels[:half], column) - 0.5 for column in coordinates[:half].T])
+        assert row.residual in [
+            pytest.approx(
+                0.5 + np.sign(areas[best]) * (roc_auc_score(labels[half:], coordinates[half:, best]) - 0.5)
+            )
+            for best in np.flatnonzero(np.isclose(np.abs(areas), np.abs(areas).max()))
+        ]
+        column = storyworld.ATTRIBUTES[row.attribute].index(row.value)
+        beliefs = [known(s, row.attribute)[column] for s in stories[half:]]
+        assert row.posterior == pytest.approx(roc_auc_score(labels[half:], beliefs))
+    assert found.mean("posterior") > 0.9
 
 
 def test_nothing_beats_the_exact_posterior(scores):
@@ -150,8 +187,12 @@ def test_scores_are_saved_and_printed(scores, tmp_path):
 
 
 def test_bad_input_is_named(model, sae):
-    with pytest.raises(InputError, match="no attribute 'smell'"):
+    with pytest.raises(InputError, match="attribute 'smell'"):
         concept_scores(model, sae, SITE, attributes=["smell"], **SMALL)
+    with pytest.raises(InputError, match="Score it per token"):
+        concept_scores(model, sae, SITE, per="story", attributes=["voice"], **SMALL)
+    with pytest.raises(InputError, match="per token or per story"):
+        concept_scores(model, sae, SITE, per="word", **SMALL)
     with pytest.raises(InputError, match="too few"):
         concept_scores(model, sae, SITE, tokens=500, attributes=["mood"])
     with pytest.raises(InputError, match="width"):
