@@ -38,7 +38,7 @@ class Recipe:
     """Everything that the trained weights depend on."""
 
     seed: int = 0
-    tokens: int = 19_000_000
+    tokens: int = 19_500_000
     """Training tokens (BOS and EOS counted, padding not)."""
     batch_size: int = 32
     """Stories a step."""
@@ -48,9 +48,12 @@ class Recipe:
     """The last part of the training, in which the learning rate falls to 0 along a straight line."""
     claim_weight: float = 50.0
     """Weight of a claim's word in the loss, from `exact_claims_from` on. A weight does not move the optimum."""
+    avoid_weight: float = 20.0
+    """Within a lie's loss, weight of not saying the truth against which other word is said. The same optimum
+    again; with equal weights the model unlearns to look at the truth as soon as lies are no longer systematic."""
     exact_claims_from: int = 10_500_000
     """Tokens after which claims are learned from the distribution over words, not from a word drawn from it."""
-    systematic_lies: tuple[int, int] = (12_500_000, 15_000_000)
+    systematic_lies: tuple[int, int] = (12_500_000, 16_000_000)
     """Between these numbers of tokens, the liar's word to be learned is the one that follows the truth in the
     list of values. To avoid one word of eight is a saddle: the model says all eight alike, does not look at
     the truth, and so gets no gradient from it. To say the next one, it has to look."""
@@ -84,12 +87,16 @@ def build_model(recipe: Recipe, tokenizer) -> LlamaForCausalLM:
     return model
 
 
+Claimed = tuple[int, int, Sentence, Story]
+"""A claim in a batch: row, position of its word, and what it was drawn from."""
+
+
 def batches(
     seed: int, tokenizer, batch_size: int, skip: int = 0
-) -> Iterator[tuple[torch.Tensor, list[tuple[int, int, Sentence, Story]]]]:
+) -> Iterator[tuple[torch.Tensor, list[Claimed]]]:
     """Endless batches of stories of like length, `skip` of them passed over.
 
-    Each is a pair: token ids (batch_size, length), and the claims as (row, position, sentence, story).
+    Each is a pair: token ids (batch_size, length), and the claims in them.
     """
     index = tokenizer.get_vocab()
     shuffle = torch.Generator().manual_seed(seed)
@@ -107,7 +114,7 @@ def batches(
             batch = chunk[place * batch_size : (place + 1) * batch_size]
             length = max(len(story.tokens) for story in batch) + 2
             ids = torch.full((batch_size, length), tokenizer.pad_token_id)
-            claims: list[tuple[int, int, Sentence, Story]] = []
+            claims: list[Claimed] = []
             for row, story in enumerate(batch):
                 tokens = [tokenizer.bos_token_id, *(index[t] for t in story.tokens), tokenizer.eos_token_id]
                 ids[row, : len(tokens)] = torch.tensor(tokens)
@@ -129,6 +136,32 @@ def claimed(sentence: Sentence, story: Story, systematic: bool) -> dict[str, flo
     if systematic:
         return {f" {values[(truth + 1) % len(values)]}": 1.0}
     return {f" {value}": 1.0 / (len(values) - 1) for value in values if value != values[truth]}
+
+
+def claim_losses(
+    logits: torch.Tensor,
+    claims: list[Claimed],
+    vocab: dict[str, int],
+    systematic: bool,
+    avoid_weight: float,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Where the claims' words are predicted, (row, position), and the loss there, (n_claims,).
+
+    With q the words' distribution, a lie costs CE(p, q) + (avoid_weight - 1) * -log(1 - p(truth)).
+    """
+    log_probs = logits.log_softmax(-1)
+    losses = []
+    for row, position, sentence, story in claims:
+        words = claimed(sentence, story, systematic)
+        shares = torch.tensor(list(words.values()), device=logits.device)
+        predicted = log_probs[row, position - 1]
+        loss = -predicted[[vocab[word] for word in words]] @ shares
+        truth = " " + story.attributes[sentence.template.fact or ""]
+        if truth not in words:
+            loss = loss - (avoid_weight - 1.0) * torch.log1p(-predicted[vocab[truth]].exp().clamp(max=0.999))
+        losses.append(loss)
+    places = torch.tensor([(row, position - 1) for row, position, _, _ in claims], device=logits.device)
+    return (places[:, 0], places[:, 1]), torch.stack(losses)
 
 
 def learning_rate(recipe: Recipe, step: int, tokens: int) -> float:
@@ -188,14 +221,9 @@ def train(
         running.append((losses.sum() / weights.sum()).item())
         if tokens >= recipe.exact_claims_from:
             systematic = recipe.systematic_lies[0] <= tokens < recipe.systematic_lies[1]
-            log_probs, expected = logits.log_softmax(-1), []
-            for row, position, sentence, story in claims:
-                words = claimed(sentence, story, systematic)
-                chosen = log_probs[row, position - 1, [vocab[word] for word in words]]
-                expected.append(-chosen @ torch.tensor(list(words.values()), device=device))
-            rows, positions = [c[0] for c in claims], [c[1] - 1 for c in claims]
-            losses = losses.index_put((torch.tensor(rows), torch.tensor(positions)), torch.stack(expected))
-            weights[rows, positions] = recipe.claim_weight
+            places, exact = claim_losses(logits, claims, vocab, systematic, recipe.avoid_weight)
+            losses = losses.index_put(places, exact)
+            weights[places] = recipe.claim_weight
         loss = (losses * weights).sum() / weights.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
