@@ -73,7 +73,7 @@ def load_tokenizer(source: Any, name: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(str(source), revision=revision)
     except Exception as error:  # transformers raises a dozen kinds here, down to TypeError
         raise InputError(
@@ -103,7 +103,7 @@ def _load_model(name: str, place: str, dtype: Any, revision: str | None, device_
         "dtype": dtype or "auto",
     }
     try:
-        with _quiet():
+        with quiet():
             config = transformers.AutoConfig.from_pretrained(place, revision=revision)
             auto = _auto_class(config)
             model, info = auto.from_pretrained(place, config=config, output_loading_info=True, **options)
@@ -202,7 +202,7 @@ def _loaded_module(model: nn.Module, tokenizer: Any, device: Any, dtype: Any) ->
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers without progress bars and loading reports: what matters in them is raised here."""
     from transformers.utils import logging
 

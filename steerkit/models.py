@@ -30,7 +30,7 @@ from steerkit.activations import Activations, collect
 from steerkit.backends import HuggingFaceBackend
 from steerkit.errors import InputError, SiteError, did_you_mean
 from steerkit.lens import TransformerLensBackend, is_transformer_lens
-from steerkit.loading import Loaded, load
+from steerkit.loading import Loaded, load, quiet
 from steerkit.sites import ALIASES, ActivationHook, Site, attach, first_tensor, uncompiled
 
 
@@ -251,7 +251,7 @@ class HookedModel:
             )
         ids = torch.tensor([[self.pad_id] * (longest - len(row)) + row for row in rows], device=self.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        with torch.no_grad():
+        with torch.no_grad(), quiet():
             out = self._backend.generate(ids, mask, max_new_tokens, pad_token_id=self.pad_id, **options)
         new = out[:, longest:] if self._backend.continues_prompt else out
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
