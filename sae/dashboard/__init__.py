@@ -1,8 +1,6 @@
 """A dashboard of an SAE's latents: static files that open from disk.
 
-    from sae.dashboard import build
-
-    build(model, sae, documents, "blocks.2.hook_resid_post", "dash/")
+`build(model, sae, documents, "blocks.2.hook_resid_post", "dash/")` writes them; see `sae.dashboard.build`.
 """
 
 from sae.dashboard.build import build
