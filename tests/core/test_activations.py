@@ -279,6 +279,6 @@ def test_ctrl_c_ends_a_program_that_waits_for_its_next_block():
     assert process.stdout is not None
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=20)
+    _, error = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT
     assert error.strip().endswith("KeyboardInterrupt")
