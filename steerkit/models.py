@@ -239,6 +239,8 @@ class HookedModel:
     def generate(self, prompt: str | Sequence[str], max_new_tokens: int = 40, **options: Any) -> Any:
         """Continue a prompt, or each of several: the new text only. `options` go to the model's own."""
         self._need_head()
+        if self._backend.continues_prompt and not self.is_causal:
+            raise InputError(f"{self.name} is an encoder: it fills in masked tokens and generates nothing.")
         if self.tokenizer is None:
             raise InputError(f"{self.name} has no tokenizer: pass one to from_pretrained(…, tokenizer=…).")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)

@@ -359,3 +359,5 @@ def test_what_is_no_model_is_refused() -> None:
         hooked(dtype="float33")
     with pytest.raises(InputError, match="no tokenizer: pass one"):
         hooked().generate("hello")
+    with pytest.raises(InputError, match="is an encoder"):
+        hooked("bert").generate("hello")
