@@ -1,14 +1,17 @@
 """Removing the lowest activations of a trained sparse autoencoder.
 
-    pruned = prune(sae, acts, quantile=0.3)              # each latent loses the weakest 30 % of its activations
-    pruned = prune(sae, absolute=0.5)                    # one cut for all latents
+    pruned = prune(sae, acts, quantile=0.3)              # each latent loses the weakest 30 % of its
+    activations pruned = prune(sae, absolute=0.5)                    # one cut for all latents
     sparser = keep_top(sae, 8)                           # the 8 strongest latents of each token
     curve = prune_curve(model, sae, held_out, site)      # cross-entropy and FVU against L0, along a grid
 
-What a sparsity penalty leaves over are many weak activations that explain little. A pruned SAE has one
-threshold a latent, f = z · 1[z > threshold], and is saved as SAELens's `jumprelu`. For ReLU latents that is
-the same as a threshold on the pre-activation; a TopK SAE gives up its limit of k latents a token for
-thresholds that keep the densities of its latents. The curve says what each step costs.
+What a sparsity penalty leaves over are many weak activations that explain little. A pruned SAE is a JumpReLU
+SAE, f = z · 1[z > threshold] with z = ReLU(pre-activation), as it is saved. For ReLU latents nothing else
+changes; of a gated SAE the gate becomes part of the threshold (z is its magnitude, and z > b_mag - exp(r_mag)
+b_gate is what the gate asks); a TopK SAE gives up its limit of k latents a token for thresholds that keep the
+densities of its latents. The curve says what each step costs.
+
+Riggs & Brinkmann 2024, “Improving SAEs by Sqrt-ing L1 & Removing Lowest Activating Features”.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 
 from sae.architectures import L1, SAE, SqrtL1, TopK
 from sae.evaluation import Evaluation, check_fits, evaluate_all
+from sae.formats import as_jumprelu
 from sae.thresholds import strongest
 from steerkit.activations import Tokenization, collect
 from steerkit.data import Documents, load_documents
@@ -45,7 +49,7 @@ def prune(
     quantile: float | None = None,
     absolute: float | None = None,
 ) -> SAE:
-    """A copy whose latents lose their lowest activations.
+    """A copy, as a JumpReLU SAE, whose latents lose their lowest activations.
 
     `quantile`, from 0 to 1: the share of its activations on `acts` (held-out tokens, not those it is then
     measured on) that each latent loses. `absolute`: every activation up to that value, in the SAE's own
@@ -73,14 +77,15 @@ def prune(
             raise InputError("A quantile needs activations to be measured on: give some of held-out text.")
         found.threshold = strongest(sae, acts, 1 - quantile)
     found.metadata = {**sae.metadata, "pruned": {"quantile": quantile, "absolute": absolute}}
-    return found
+    return as_jumprelu(found)
 
 
 def keep_top(sae: SAE, k: int) -> SAE:
     """A copy that keeps the k strongest latents of each token.
 
     Of a ReLU or TopK SAE that is a TopK SAE, and saved as one; of another (gated, or with thresholds) it is
-    one that works here and in evaluations, but that no file format has. Raises InputError for an impossible k.
+    one that works here and in evaluations, but that no file format has. Raises InputError for an impossible
+    k.
     """
     if not 0 < k <= sae.d_sae:
         raise InputError(f"k is {k}; it lies between 1 and d_sae = {sae.d_sae}.")

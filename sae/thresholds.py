@@ -24,12 +24,13 @@ CALIBRATION_ENTRIES = 1 << 28
 
 @torch.no_grad()
 def strongest(sae: SAE, acts: Float[Tensor, "n d_in"], share: float) -> Float[Tensor, " d_sae"]:
-    """Thresholds under which each latent keeps `share` of the activations that it has on `acts`, the strongest.
+    """Thresholds under which each latent keeps `share` of the activations that it has on `acts`, the
+    strongest.
 
     A latent that is active on m tokens is, with its threshold, active on round(share · m) of them (fewer if
     activations tie). The threshold lies halfway to the strongest activation that goes, so that rounding, here
-    or in another format, does not decide. A TopK SAE with thresholds is no longer limited to k latents a token; its densities and
-    its mean L0 are what they would be.
+    or in another format, does not decide. A TopK SAE with thresholds is no longer limited to k latents a
+    token; its densities and its mean L0 are what they would be.
     """
     acts = acts[: max(1, CALIBRATION_ENTRIES // sae.d_sae)]
     bare = copy.deepcopy(sae)
