@@ -9,14 +9,15 @@ the contexts only the best are kept, each with the latent's activations on a win
 itself is kept as token ids, four bytes a token.
 
 Contexts are rows of text. A row stands for a latent with its strongest token, so contexts of one latent are
-distinct. Beside the strongest rows there are samples from five intervals of activation, up to the latent's
-maximum: the strongest contexts alone make any latent look cleaner than it is.
+distinct. Beside the strongest rows there is a random sample of the others, in five equal parts from weak to
+strong: the strongest contexts alone make any latent look cleaner than it is.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,11 @@ from steerkit.runs import atomic_write, progress, read_json, write_json
 N_TOP = 20
 """Strongest contexts a latent."""
 N_INTERVALS = 5
-"""Intervals between 0 and a latent's maximum, equally wide."""
+"""Parts of equal size, by activation, of a random sample of the rows in which a latent is active."""
 N_PER_INTERVAL = 5
-"""Contexts sampled from each interval."""
+"""Contexts shown of each part."""
+N_SAMPLED = 60
+"""Rows drawn for the sample. Those that are among the strongest are left out of it."""
 WINDOW = 15
 """Tokens kept on either side of a context's strongest token."""
 N_TOKENS = 10
@@ -64,8 +67,7 @@ class Example:
     """The strongest token's index in the row."""
     activation: float
     interval: int
-    """0 for the strongest contexts, else the interval that it was sampled from: 1 the weakest, 5 up to the
-    maximum."""
+    """0 for the strongest contexts, else its fifth of the sample: 1 the weakest, 5 the strongest."""
     window: Float[np.ndarray, " 31"]
     """Activations of the tokens from 15 before to 15 after the strongest, to 1/255 of it."""
 
@@ -217,9 +219,13 @@ def collect_latents(
         raise InputError(f"{documents.name}: not one token that counts, without special and sink tokens.")
     info = {
         "model": model.name,
+        "revision": model.revision,
         "site": site,
+        "sae_sha256": _digest(sae),
         "documents": documents.name,
         "fingerprint": documents.fingerprint(),
+        "tokenization": asdict(tokenization or Tokenization()),
+        "sink_threshold": sink_threshold,
         "tokens": pass_.n_tokens,
         "seed": seed,
     }
@@ -237,9 +243,8 @@ class _Pass:
         self.total = np.zeros(sae.d_sae)
         self.maximum = np.zeros(sae.d_sae, dtype=np.float32)
         self.grid = np.zeros((sae.d_sae, _GRID), dtype=np.int32)
-        self.rows_in_bin = np.zeros(sae.d_sae * _GRID // 2, dtype=np.int32)
         self.top = _Best(sae.d_sae, N_TOP)
-        self.sample = _Best(sae.d_sae * _GRID // 2, N_PER_INTERVAL)
+        self.sample = _Best(sae.d_sae, N_SAMPLED)
         self.by_token = _TokenSums(sae.d_sae)
         self.rows: list[np.ndarray] = []
         self.row_document: list[int] = []
@@ -251,7 +256,7 @@ class _Pass:
         for start in range(0, n_rows, step):
             part = slice(start, start + step)
             latents = self.sae.encode(acts[part].to(self.sae.device, self.sae.dtype)).float()
-            latents.mul_(keep[part, :, None].to(latents.device))
+            latents.masked_fill_(~keep[part, :, None].to(latents.device), 0)
             self._count(latents, ids[part])
             self._keep_contexts(latents, len(self.rows))
             self.rows += [row[:n].astype(np.int32) for row, n in zip(ids[part], lengths[part])]
@@ -276,15 +281,13 @@ class _Pass:
         activation = peak[row_t, latent_t].cpu().numpy()
         position_t = where[row_t, latent_t]
         row, latent = row_t.cpu().numpy() + first_row, latent_t.cpu().numpy()
-        cell = latent * (_GRID // 2) + _grid_bin(activation) // 2
-        self.rows_in_bin += np.bincount(cell, minlength=len(self.rows_in_bin)).astype(np.int32)
         lottery = _uniform(latent, row, self.seed)
-        for best, key, score in ((self.top, latent, activation), (self.sample, cell, lottery)):
-            chosen = np.flatnonzero(score > best.bar[key])
+        for best, score in ((self.top, activation), (self.sample, lottery)):
+            chosen = np.flatnonzero(score > best.bar[latent])
             index = torch.from_numpy(chosen).to(latents.device)
             found = _windows(latents, row_t[index], position_t[index], latent_t[index])
             best.offer(
-                key[chosen],
+                latent[chosen],
                 score[chosen],
                 row=row[chosen].astype(np.int32),
                 position=position_t[index].cpu().numpy().astype(np.int32),
@@ -307,13 +310,10 @@ class _Pass:
 
     def _examples(self) -> dict[str, np.ndarray]:
         top, sampled = self.top.result(), self.sample.result()
-        top_latent, latent = top.pop("key"), sampled.pop("key") // (_GRID // 2)
-        interval = np.floor(N_INTERVALS * sampled["activation"] / self.maximum[latent]).astype(np.int64)
-        interval = np.minimum(interval, N_INTERVALS - 1) + 1
-        chosen = self._draw(latent, interval, sampled, top_latent, top["row"])
-        latents = np.concatenate([top_latent, latent[chosen]])
-        intervals = np.concatenate([np.zeros(len(top_latent), dtype=np.int64), interval[chosen]])
+        chosen, interval = self._intervals(top, sampled)
         data = {name: np.concatenate([top[name], sampled[name][chosen]]) for name in top}
+        latents = data["key"]
+        intervals = np.concatenate([np.zeros(len(top["key"]), dtype=np.int64), interval])
         rank = np.where(intervals == 0, 0, N_INTERVALS + 1 - intervals)
         order = np.lexsort((data["row"], -data["activation"], rank, latents))
         used, row = np.unique(data["row"][order], return_inverse=True)
@@ -330,29 +330,21 @@ class _Pass:
             "row_document": np.array([self.row_document[i] for i in used], dtype=np.int64),
         }
 
-    def _draw(
-        self,
-        latent: np.ndarray,
-        interval: np.ndarray,
-        sampled: dict[str, np.ndarray],
-        top_latent: np.ndarray,
-        top_row: np.ndarray,
-    ) -> Int[np.ndarray, " n"]:
-        """Indices of at most `N_PER_INTERVAL` samples for each latent and interval, no row that is a top one.
-
-        The samples were drawn with equal numbers from each half-octave; each now stands for the rows that its
-        half-octave had, so an interval's contexts are as a draw from all of it.
-        """
+    def _intervals(
+        self, top: dict[str, np.ndarray], sampled: dict[str, np.ndarray]
+    ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """Indices of the samples to show, and the fifth of its latent's sample that each lies in."""
         n_rows = len(self.rows)
-        free = ~np.isin(latent * n_rows + sampled["row"], top_latent * n_rows + top_row)
-        cell = latent * (_GRID // 2) + _grid_bin(sampled["activation"]) // 2
-        _, inverse, kept = np.unique(cell, return_inverse=True, return_counts=True)
-        weight = self.rows_in_bin[cell] / kept[inverse]
-        score = np.log(_uniform(latent, sampled["row"], self.seed + 1)) / weight
+        strongest = np.isin(sampled["key"] * n_rows + sampled["row"], top["key"] * n_rows + top["row"])
+        free = np.flatnonzero(~strongest)
+        weak_to_strong = free[np.lexsort([sampled[name][free] for name in ("row", "activation", "key")])]
+        latent = sampled["key"][weak_to_strong]
+        size = np.bincount(latent, minlength=self.sae.d_sae)[latent]
+        interval = N_INTERVALS * _rank_in_group(latent) // size + 1
         group = latent * (N_INTERVALS + 1) + interval
-        candidates = np.flatnonzero(free)
-        order = candidates[np.lexsort((-score[candidates], group[candidates]))]
-        return order[_rank_in_group(group[order]) < N_PER_INTERVAL]
+        by_lot = np.lexsort((-sampled["score"][weak_to_strong], group))
+        shown = by_lot[_rank_in_group(group[by_lot]) < N_PER_INTERVAL]
+        return weak_to_strong[shown], interval[shown]
 
 
 class _Best:
@@ -503,6 +495,14 @@ def _windows(
     return torch.where(found > 0, scaled.clamp(min=1), scaled).to(torch.uint8)
 
 
+def _digest(sae: SAE) -> str:
+    """A sha256 (hex) of the SAE's parameters and thresholds."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _geometry(sae: SAE) -> dict[str, np.ndarray]:
     """Nearest decoder directions, and how far encoder and decoder agree."""
     decoder = torch.nn.functional.normalize(sae.W_dec.detach().float(), dim=1)
@@ -529,11 +529,12 @@ def logit_effects(model: HookedModel, sae: SAE, site: str) -> dict[str, np.ndarr
     scale.
 
     The direction goes straight to the unembedding, as though no later layer changed it, through the final
-    norm's centring and gain. None for a model without LM head and for sites outside the residual stream.
+    norm's centring and gain. None for a model without LM head, or with one that is more than a matrix (BERT's), and
+    for sites outside the residual stream.
     """
     name = model.site(site).name
     direct = name.rsplit(".", 1)[-1] in _RESIDUAL_SITES or name in ("hook_embed", "ln_final")
-    if not model.has_lm_head or not direct or sae.d_in != model.d_model:
+    if not (direct and sae.d_in == model.d_model and _has_linear_head(model)):
         return {"logit_ids": None, "logit_values": None}
     W_U = model.W_U.detach().float()
     directions = sae.W_dec.detach().float().to(W_U.device)
@@ -547,6 +548,19 @@ def logit_effects(model: HookedModel, sae: SAE, site: str) -> dict[str, np.ndarr
         ids.append(torch.cat([high.indices, low.indices.flip(1)], dim=1).cpu())
         values.append(torch.cat([high.values, low.values.flip(1)], dim=1).cpu())
     return {"logit_ids": torch.cat(ids).numpy(), "logit_values": torch.cat(values).numpy()}
+
+
+def _has_linear_head(model: HookedModel) -> bool:
+    """Whether logits are a matrix times the final state, up to a bias and a soft cap: u(x) + u(-x) = 2 u(0)."""
+    if not model.has_lm_head:
+        return False
+    x = torch.ones(model.d_model, device=model.W_U.device, dtype=model.W_U.dtype)
+    x[::3] = -0.5
+    try:
+        there, back, zero = model.unembed(torch.stack([x, -x, 0 * x])).float()
+    except InputError:
+        return False
+    return torch.allclose(there + back, 2 * zero, atol=2e-2 * float((there - zero).abs().max()))
 
 
 def _through_final_norm(model: HookedModel, directions: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -569,6 +583,6 @@ def _through_final_norm(model: HookedModel, directions: Float[Tensor, "n d"]) ->
         return norm(v[None, None])[0, 0].float()
 
     gain = ((answer(x) - answer(-x)) / 2 / x.float()).to(directions.device)
-    if torch.allclose(answer(x + 1), answer(x), atol=1e-2):
+    if torch.allclose(answer(x + 1), answer(x), atol=1e-2 * float(answer(x).abs().max())):
         directions = directions - directions.mean(1, keepdim=True)
     return directions * gain

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-INCOMPLETE = "\0"
-"""Marks a token that holds part of a character: the hexadecimal digits of its bytes follow."""
+INCOMPLETE = "\udc00"
+"""Marks a token that holds part of a character: the hexadecimal digits of its bytes follow. Half a surrogate pair,
+which no decoded text holds."""
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 

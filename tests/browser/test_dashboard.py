@@ -40,7 +40,7 @@ class Tokenizer:
 
     def convert_ids_to_tokens(self, i):
         piece = self._inner.convert_ids_to_tokens(i)
-        return MALICIOUS if piece in (".", " the") else piece
+        return {".": MALICIOUS, " the": MALICIOUS, ",": "\0", " to": "\x1b[31m"}.get(piece, piece)
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +220,34 @@ def test_tokens_are_text_whatever_they_hold(visit, dashboard, parts):
     page.wait_for_selector(".text .peak")
     assert shown in page.text_content("#latent")
     assert page.locator("img").count() == 0
+
+
+def test_control_characters_are_shown(visit, dashboard, parts):
+    """Byte-level vocabularies have a token that is NUL."""
+    model, _, _, stats = parts
+    comma = model.tokenizer.convert_tokens_to_ids(",")
+    examples = [(latent, example) for latent in range(DEAD) for example in stats.examples(latent)]
+    latent = next(latent for latent, example in examples if stats.row(example.row)[example.position] == comma)
+    page = visit(dashboard, f"#latent={latent}")
+    page.wait_for_selector(".text .peak")
+    page.wait_for_function(
+        "[...document.querySelectorAll('.text')].every((text) => text.textContent !== '…')"
+    )
+    assert "␀" in page.eval_on_selector_all(".text .peak", "peaks => peaks.map((peak) => peak.textContent)")
+
+
+def test_the_table_tells_what_it_is(visit, dashboard):
+    """Headers, cells and links by their roles, as a screen reader finds them."""
+    page = visit(dashboard)
+    table = page.get_by_role("table", name="Latents")
+    headers = table.get_by_role("columnheader")
+    assert headers.nth(0).inner_text() == "Latent"
+    assert page.locator("[aria-sort=descending]").inner_text().startswith("Density")
+    rows = table.get_by_role("row")
+    assert rows.nth(1).get_by_role("cell").count() == headers.count()
+    latent = rows.nth(1).get_by_role("link").inner_text()
+    rows.nth(1).click(position={"x": 400, "y": 10})
+    page.wait_for_selector(f"h2:text-is('Latent {latent}')")
 
 
 def test_dark_follows_the_system_and_the_switch(visit, dashboard):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import defaultdict
 
 import numpy as np
@@ -10,7 +11,16 @@ import pytest
 import torch
 
 from sae.architectures.topk import TopK
-from sae.latents import N_PER_INTERVAL, N_TOP, WINDOW, LatentStats, collect_latents, logit_effects
+from sae.latents import (
+    N_INTERVALS,
+    N_PER_INTERVAL,
+    N_SAMPLED,
+    N_TOP,
+    WINDOW,
+    LatentStats,
+    collect_latents,
+    logit_effects,
+)
 from steerkit.activations import Tokenization, token_batches
 from steerkit.data import Permutation, load_documents
 from steerkit.errors import CheckpointError, InputError
@@ -125,35 +135,53 @@ def test_examples_show_the_activations_of_their_row(stats, truth):
             assert example.window[WINDOW] == pytest.approx(example.activation, rel=1e-5)
 
 
-def test_intervals_hold_rows_of_their_range_that_are_not_among_the_strongest(stats):
-    for latent in range(stats.d_sae):
-        examples = stats.examples(latent)
-        strongest = {example.row for example in examples if example.interval == 0}
-        by_interval = defaultdict(list)
-        for example in examples:
-            if example.interval:
-                by_interval[example.interval].append(example)
-                share = example.activation / stats.maximum[latent]
-                assert (example.interval - 1) / 5 - 1e-5 <= share <= example.interval / 5 + 1e-5
-                assert example.row not in strongest
-        assert all(len(found) <= N_PER_INTERVAL for found in by_interval.values())
+@pytest.mark.parametrize("n_rows", [0, 7, N_TOP, N_TOP + 3, N_TOP + 12, 80, 400])
+def test_fifths_are_ordered_full_and_apart_from_the_strongest(n_rows):
+    activations = np.random.default_rng(0).exponential(size=n_rows).astype(np.float32)
+    kinds, values, rows = sampled(activations, seed=0)
+    fifths = [values[kinds == i + 1] for i in range(N_INTERVALS)]
+    for weaker, stronger in itertools.pairwise([fifth for fifth in fifths if len(fifth)]):
+        assert weaker.max() <= stronger.min()
+    assert len(set(rows)) == len(rows) == (kinds == 0).sum() + sum(map(len, fifths))
+    np.testing.assert_allclose(values[kinds == 0], np.sort(activations)[::-1][:N_TOP])
+    others = min(max(n_rows - N_TOP, 0), N_SAMPLED - N_TOP)
+    assert all(min(others // N_INTERVALS, N_PER_INTERVAL) <= len(fifth) <= N_PER_INTERVAL for fifth in fifths)
 
 
-def test_interval_samples_follow_the_rows_not_the_octaves():
-    """An interval over many octaves is sampled as its rows lie, though each half-octave kept as many."""
-    from sae.latents import _Pass
-
-    sae = TopK(d_sae=1, k=1).build(1)
+def test_samples_are_drawn_evenly_from_the_rows():
+    """Over many seeds the shares of the sample are those of the rows, strongest ones left out."""
+    activations = np.concatenate([np.full(900, 0.19), np.full(100, 0.01), np.ones(N_TOP)])
     shares = []
     for seed in range(40):
-        pass_ = _Pass(sae, seed)
-        values = np.concatenate([np.full(900, 0.19), np.full(100, 0.01), [1.0] * 20]).astype(np.float32)
-        pass_._keep_contexts(torch.from_numpy(values)[:, None, None], 0)
-        pass_.maximum[:] = 1.0
-        pass_.rows, pass_.row_document = [np.zeros(1, np.int32)] * len(values), [0] * len(values)
-        found = pass_._examples()
-        shares.append((found["example_activation"][found["example_interval"] == 1] > 0.1).mean())
-    assert 0.8 < np.mean(shares) < 0.97
+        kinds, values, _ = sampled(activations.astype(np.float32), seed)
+        shares.append((values[kinds > 0] > 0.1).mean())
+    assert 0.85 < np.mean(shares) < 0.95
+
+
+def sampled(activations: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(0 or fifth, activation, row) of the examples of a latent with these activations, each in a row of its own."""
+    from sae.latents import _Pass
+
+    pass_ = _Pass(TopK(d_sae=1, k=1).build(1), seed)
+    pass_._keep_contexts(torch.from_numpy(activations)[:, None, None], 0)
+    pass_.rows, pass_.row_document = [np.zeros(1, np.int32)] * len(activations), [0] * len(activations)
+    found = pass_._examples()
+    return found["example_interval"], found["example_activation"], found["example_row"]
+
+
+def test_a_token_that_does_not_count_may_be_anything(model, sae, documents):
+    """NaN at a pad or a sink reaches nothing."""
+    from sae.latents import _Pass
+
+    batch = next(iter(token_batches(model, documents[:4])))
+    with torch.no_grad():
+        acts = model.run(batch.input_ids, sites=[SITE])[SITE]
+        passes = [_Pass(sae, 0), _Pass(sae, 0)]
+        for pass_, rest in zip(passes, (0.0, float("nan"))):
+            pass_.add(batch, acts.masked_fill(~batch.keep[..., None], rest), batch.keep)
+    plain, odd = (pass_.finish() for pass_ in passes)
+    for name in plain:
+        np.testing.assert_array_equal(plain[name], odd[name], err_msg=name)
 
 
 def test_top_tokens_are_those_with_the_largest_sums(stats, truth):
@@ -232,6 +260,30 @@ def test_logit_effects_centre_where_the_final_norm_does(sae):
     np.testing.assert_allclose(
         effects["logit_values"][:, :10], expected.topk(10, dim=1).values.detach(), rtol=1e-3
     )
+
+
+def test_a_small_gain_is_not_taken_for_centring(model, sae):
+    norm = model.model.model.norm
+    before = norm.weight.detach().clone()
+    with torch.no_grad():
+        norm.weight.fill_(1e-3)
+    found = logit_effects(model, sae, SITE)["logit_values"]
+    with torch.no_grad():
+        norm.weight.copy_(before)
+    expected = (1e-3 * sae.W_dec @ model.W_U).topk(10, dim=1).values.detach()
+    np.testing.assert_allclose(found[:, :10], expected, rtol=1e-3)
+
+
+def test_no_logit_effects_through_a_head_with_layers_of_its_own(sae):
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
+    bert = HookedModel.from_pretrained(BertForMaskedLM(config).eval())
+    assert bert.has_lm_head
+    assert logit_effects(bert, sae, SITE)["logit_ids"] is None
 
 
 def test_no_logit_effects_inside_a_block(model):

@@ -62,10 +62,11 @@
   };
 
   // Whitespace that would not be seen, made visible; `inText` leaves the spaces between words as they are.
-  const INCOMPLETE = "\0";
+  const INCOMPLETE = "\udc00";
   function visible(text, inText) {
     if (text.startsWith(INCOMPLETE)) return "‹" + text.slice(1).replace(/..(?=.)/g, "$& ") + "›";
     let shown = text.replace(/\r/g, "␍").replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/\u00a0/g, "⍽")
+      .replace(/[\x00-\x1f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0))).replace(/\x7f/g, "␡")
       .replace(/[\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufeff]/g, "◌");
     if (inText) return /^ +$/.test(shown) && shown.length > 1 ? shown.replace(/ /g, "·") : shown;
     if (head.style === "wordpiece") return shown.startsWith(" ") ? shown.slice(1) : "##" + shown;
@@ -142,8 +143,7 @@
       const mine = button.dataset.key === order.key;
       const arrow = order.direction > 0 ? " ↑" : " ↓";
       button.textContent = button.dataset.name + (mine ? arrow : "");
-      if (mine) button.setAttribute("aria-sort", order.direction > 0 ? "ascending" : "descending");
-      else button.removeAttribute("aria-sort");
+      button.parentElement.setAttribute("aria-sort", mine ? (order.direction > 0 ? "ascending" : "descending") : "none");
     }
     paint();
   }
@@ -155,9 +155,11 @@
     return make("span", "number meter", bar, percent(count / head.tokens));
   }
 
-  function line(index, top) {
+  function line(index, rank) {
+    const link = make("a", "", String(table.id[index]));
+    link.href = "#latent=" + table.id[index];
     const cells = {
-      id: () => make("span", "id", String(table.id[index])),
+      id: () => make("span", "id", link),
       count: () => meter(table.count[index]),
       max: () => make("span", "number", decimal(table.max[index])),
       mean: () => make("span", "number c-mean", decimal(table.mean[index])),
@@ -165,9 +167,10 @@
       concept: () => make("span", "cell c-concept", table.concept[index] ?? ""),
       auroc: () => make("span", "number c-auroc", table.auroc[index] === null ? "" : table.auroc[index].toFixed(3)),
     };
-    const element = make("a", "row", ...COLUMNS.map((column) => cells[column.key]()));
-    element.href = "#latent=" + table.id[index];
-    element.style.top = top + "px";
+    const element = make("div", "row", ...COLUMNS.map((column) => cells[column.key]()));
+    for (const cell of element.children) cell.setAttribute("role", "cell");
+    element.setAttribute("aria-rowindex", rank + 2);
+    element.style.top = rank * ROW + "px";
     element.setAttribute("role", "row");
     return element;
   }
@@ -179,8 +182,9 @@
     const end = Math.min(listed.length, Math.ceil((scroll.scrollTop + scroll.clientHeight) / ROW) + 10);
     $("columns").style.paddingRight = 14 + scroll.offsetWidth - scroll.clientWidth + "px";
     $("rows").style.height = listed.length * ROW + "px";
+    $("table").setAttribute("aria-rowcount", listed.length + 1);
     const lines = [];
-    for (let i = first; i < end; i += 1) lines.push(line(listed[i], i * ROW));
+    for (let i = first; i < end; i += 1) lines.push(line(listed[i], i));
     if (!listed.length) lines.push(make("div", "nothing", "No latent matches."));
     $("rows").replaceChildren(...lines);
   }
@@ -211,7 +215,9 @@
         order.key = column.key;
         arrange();
       });
-      $("columns").append(make("span", (column.number ? "number " : "") + "c-" + column.key, button));
+      const header = make("span", (column.number ? "number " : "") + "c-" + column.key, button);
+      header.setAttribute("role", "columnheader");
+      $("columns").append(header);
     }
     const about = make("table", "");
     for (const [key, value] of Object.entries(head.provenance)) {
@@ -321,6 +327,7 @@
         }
         const span = make("span", special.has(ids[i]) ? "special" : "", word);
         if (act > 0) span.style.background = "rgba(var(--heat), " + (0.1 + 0.72 * Math.min(1, act / maximum)).toFixed(3) + ")";
+        if (act > 0.7 * maximum) span.classList.add("hot");
         if (i === position) span.classList.add("peak");
         span.dataset.token = ids[i];
         span.dataset.value = Math.abs(i - position) > WINDOW ? "" : decimal(act);
@@ -340,15 +347,15 @@
     return element;
   }
 
+  const FIFTHS = ["Weakest fifth", "Second fifth", "Middle fifth", "Fourth fifth", "Strongest fifth"];
   function contexts(examples, maximum) {
     const groups = [0, 5, 4, 3, 2, 1];
     const parts = [];
     for (const group of groups) {
       const mine = examples.filter((example) => example[0] === group);
       if (!mine.length) continue;
-      const name = group ? (20 * group - 20) + "–" + 20 * group + " % of the maximum" : "Strongest contexts";
-      const note = group ? decimal(maximum * (group - 1) / 5) + " to " + decimal(maximum * group / 5)
-        : "one a row of text; click for the whole row";
+      const name = group ? FIFTHS[group - 1] : "Strongest contexts";
+      const note = group ? "of a random sample of the other rows" : "one a row of text; click for the whole row";
       parts.push(make("div", "group", make("h2", "", name, make("small", "", note)),
         ...mine.map((example) => context(example, maximum))));
     }
