@@ -658,4 +658,4 @@ def stream(seed: int, variant: str | None = None, start: int = 0, **fixed: str) 
 
 def sample(n: int, *, seed: int, variant: str | None = None, **fixed: str) -> list[Story]:
     """The first `n` stories of `stream`."""
-    return list(itertools.islice(stream(seed, variant, **fixed), n))
+    return list(itertools.islice(stream(seed, variant, 0, **fixed), n))

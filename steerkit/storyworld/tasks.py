@@ -121,7 +121,7 @@ def openings(attribute: str, n: int, seed: int, variant: str | None = None) -> l
         raise ValueError(f"StoryWorld has no openings for {attribute!r}.")
     fixed = {"cue": "none"} if attribute in ("honesty", "cue") else {}
     found = []
-    for story in stream(seed, variant, **fixed):
+    for story in stream(seed, variant, 0, **fixed):
         mentions = story.mentions("honesty" if attribute == "cue" else attribute)
         if True in mentions[1:] and not mentions[0]:
             found.append("".join(story.tokens[: mentions.index(True)])[1:])
