@@ -183,8 +183,9 @@ def auroc_interval(
     """AUROC with the exact delete-one-group jackknife, its ends within [0, 1].
 
     All leave-one-out areas come from the ranks: taking a group out takes from the sum over pairs its members'
-    pairs with everyone, and gives back the pairs inside the group, which were taken twice. NaN where either
-    class is empty.
+    pairs with everyone, and gives back the pairs inside the group, which were taken twice. Where leaving out
+    changes nothing (an area of 1, say) the interval is Newcombe's for as many groups of either class. NaN
+    where either class is empty.
     """
     scores, labels = np.asarray(scores), np.asarray(labels, dtype=bool)
     _, group = np.unique(groups, return_inverse=True)
@@ -203,7 +204,30 @@ def auroc_interval(
     left_out = left_out[np.isfinite(left_out)]
     if len(left_out) < 2:
         return Interval(area, 0.0, 1.0, math.nan, level)
-    return jackknife_of(area, left_out, level=level).clipped(0.0, 1.0)
+    found = jackknife_of(area, left_out, level=level).clipped(0.0, 1.0)
+    if found.standard_error > 1e-12:
+        return found
+    low, high = _newcombe(area, int((positive > 0).sum()), int((negative > 0).sum()), level)
+    return replace(found, low=low, high=high)
+
+
+def _newcombe(area: float, n_positive: int, n_negative: int, level: float) -> tuple[float, float]:
+    """Score interval of an AUROC of independent items: from which true areas `area` is within z standard
+    errors of Hanley and McNeil. Newcombe 2006, Statistics in Medicine 25:559, method 5."""
+    from scipy.optimize import brentq
+    from scipy.special import ndtri
+
+    z = float(ndtri((1 + level) / 2))
+    more = (n_positive + n_negative) / 2 - 1
+
+    def excess(true: float) -> float:
+        spread = 1 + more * ((1 - true) / (2 - true) + true / (1 + true))
+        return (area - true) ** 2 - z**2 * true * (1 - true) * spread / (n_positive * n_negative)
+
+    edge = 1e-12
+    low = brentq(excess, edge, area - edge) if area > 2 * edge else 0.0
+    high = brentq(excess, area + edge, 1 - edge) if area < 1 - 2 * edge else 1.0
+    return low, high
 
 
 def midranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

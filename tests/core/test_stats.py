@@ -157,3 +157,16 @@ def test_intervals_of_an_auroc_cover_the_truth():
         found = stats.auroc_interval(*stories(40))
         covered += found.low < truth < found.high
     assert 0.92 < covered / 600 < 0.98
+
+
+def test_an_area_of_one_is_not_certain():
+    """20 positive groups above all of 100 negative ones: 1, as far as 20 groups can show."""
+    labels = np.repeat(np.arange(120) < 20, 5)
+    groups = np.repeat(np.arange(120), 5)
+    for sign in (1.0, -1.0):
+        found = stats.auroc_interval(sign * labels, labels, groups)
+        assert found.estimate == (sign + 1) / 2
+        assert abs(found.low - found.high) == pytest.approx(0.0577, abs=0.008)
+        assert found.estimate in (found.low, found.high)
+    tied = stats.auroc_interval(np.zeros(600), labels, groups)
+    assert tied.low < 0.4 < tied.estimate < 0.6 < tied.high
