@@ -85,7 +85,8 @@ class Replay:
             if threading.get_ident() == thread:
                 self._given = _copied(output)
 
-        handle = self._skipped[-1].register_forward_hook(keep)
+        # Before all other hooks: those act on what the block gives in every replay too.
+        handle = self._skipped[-1].register_forward_hook(keep, prepend=True)
         try:
             yield
         finally:

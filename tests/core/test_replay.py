@@ -132,6 +132,18 @@ def test_other_threads_run_the_whole_model_meanwhile(model):
     assert torch.equal(found[-1], expected)
 
 
+@pytest.mark.parametrize(
+    "outer", ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "blocks.1.hook_mlp_out"]
+)
+def test_hooks_around_it_act_once(model, outer):
+    batch = batch_for(model)
+    with model.hooks({outer: lambda act: act.roll(1, -1) + 1}):
+        replay = Replay(model, "blocks.1.hook_resid_post")
+        replay.run(*batch)
+        assert torch.equal(replay.again(turned), whole(model, "blocks.1.hook_resid_post", *batch))
+    assert replay.skips == 2
+
+
 def test_a_model_whose_blocks_do_more_than_return_is_run_whole(model):
     """Later blocks that read what earlier ones left elsewhere: skipping would feed them the last batch's."""
     layers = model.model.model.layers
