@@ -22,44 +22,14 @@ from sae.architectures.gated import Gated
 from sae.architectures.jumprelu import JumpReLU
 from sae.architectures.l1 import L1
 from sae.architectures.topk import TopK
+from sae.saelens import CONFIG_FILE, WEIGHTS_FILE, write_safetensors
 from steerkit.errors import CheckpointError, InputError, did_you_mean
-from steerkit.runs import atomic_path, atomic_write, read_json, write_json
-
-CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
-
-_SAELENS_VERSION = "6.54.12"
-"""Whose layout is written; sae-lens rewrites what is older than 6."""
+from steerkit.runs import atomic_path, read_json, write_json
 
 
 def save(sae: SAE, path: str | Path) -> None:
-    """Write `cfg.json` and `sae_weights.safetensors` in SAELens's layout into the directory `path`. Each appears whole.
-
-    An SAE with a threshold is written as `jumprelu`, whatever it was trained as.
-    """
-    path = Path(path)
-    sae = as_jumprelu(sae) if sae.threshold is not None else sae
-    config = {
-        "architecture": sae.saelens_architecture,
-        "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
-        "dtype": str(sae.dtype).removeprefix("torch."),
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        **(
-            {"k": sae.config.k, "rescale_acts_by_decoder_norm": False} if isinstance(sae.config, TopK) else {}
-        ),
-        "metadata": {
-            "sae_lens_version": _SAELENS_VERSION,
-            "sae_lens_training_version": None,
-            "model_name": sae.metadata.get("model"),
-            "hook_name": sae.metadata.get("site"),
-            "steerkit": {"arch": sae.config.to_dict(), **sae.metadata},
-        },
-    }
-    _write_safetensors(path / WEIGHTS_FILE, sae.state_dict())
-    write_json(path / CONFIG_FILE, config)
+    """The same as `sae.save(path)`: SAELens's layout, an SAE with thresholds as `jumprelu`."""
+    sae.save(path)
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> SAE:
@@ -305,7 +275,7 @@ def _save_sparsify(sae: SAE, out: Path) -> None:
         "W_dec": weights["W_dec"],
         "b_dec": weights["b_dec"],
     }
-    _write_safetensors(out / "sae.safetensors", stored)
+    write_safetensors(out / "sae.safetensors", stored)
     config = {
         "activation": "topk",
         "expansion_factor": max(1, sae.d_sae // sae.d_in),
@@ -353,12 +323,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged and cannot be read ({str(error).splitlines()[0]})."
         ) from None
     return {name: tensor.float() for name, tensor in tensors.items()}
-
-
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save
-
-    atomic_write(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 _LOADERS: dict[str, Callable[[Path], SAE]] = {

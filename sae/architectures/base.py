@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from sae import saelens
 from steerkit.errors import InputError
 
 
@@ -44,9 +46,9 @@ class Config:
         """A freshly made SAE of this architecture for activations of width `d_in`."""
         raise NotImplementedError
 
-    def learning_rate(self, d_in: int) -> float:
-        """Peak learning rate of Adam."""
-        return 5e-3
+    def saelens_settings(self) -> dict[str, Any]:
+        """What SAELens's `cfg.json` has of such an SAE beyond what all have."""
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}
@@ -227,11 +229,20 @@ class SAE(nn.Module):
         """Slices over the latents, for work that would need too much memory at once."""
         return (slice(i, min(i + size, self.d_sae)) for i in range(0, self.d_sae, size))
 
-    def save(self, path: Any) -> None:
-        """Write `cfg.json` and `sae_weights.safetensors` in SAELens's layout into the directory `path`."""
-        from sae.formats import save
+    def save(self, path: str | Path) -> None:
+        """Write `cfg.json` and `sae_weights.safetensors` in SAELens's layout into the directory `path`.
 
-        save(self, path)
+        An SAE with thresholds is written as `jumprelu`, whatever it was trained as.
+        """
+        own = {"arch": self.config.to_dict(), **self.metadata}
+        if self.threshold is None:
+            saelens.write(
+                path, self.saelens_architecture, self.state_dict(), self.config.saelens_settings(), own
+            )
+            return
+        if self.config.name != "jumprelu":
+            own |= {"arch": {"name": "jumprelu", "d_sae": self.d_sae}, "trained_as": self.config.to_dict()}
+        saelens.write(path, "jumprelu", self.jumprelu_weights(), {}, own)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{f.name}={getattr(self.config, f.name)!r}" for f in fields(self.config))

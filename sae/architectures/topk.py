@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -38,6 +38,9 @@ class TopK(Config):
         super().__post_init__()
         if not 0 < self.k <= self.d_sae:
             raise InputError(f"k is {self.k}; it lies between 1 and d_sae = {self.d_sae}.")
+
+    def saelens_settings(self) -> dict[str, Any]:
+        return {"k": self.k, "rescale_acts_by_decoder_norm": False}
 
     def build(self, d_in: int) -> SAE:
         return TopKSAE(self, d_in)

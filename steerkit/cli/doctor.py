@@ -48,10 +48,11 @@ def doctor(json: Json = False, quiet: Quiet = False) -> None:
         if check.mend:
             say(f"{'':23} -> {check.mend}", quiet=quiet)
     bad = [check.name for check in checks if not check.ok]
+    if not bad:
+        say(f"All {len(checks)} checks passed.", quiet=quiet)
     emit({"ok": not bad, "checks": [vars(check) for check in checks]}, as_json=json)
     if bad:
         raise SteerkitError(f"{len(bad)} of {len(checks)} checks failed: {', '.join(bad)}.")
-    say(f"All {len(checks)} checks passed.", quiet=quiet)
 
 
 def _packages() -> list[Check]:

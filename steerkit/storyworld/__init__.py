@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .judge import Claim, Judge, JudgedSentence, Judgement, Violation
-from .language import ATTRIBUTES, VARIANTS, Sentence, Story, sample, stream
-from .posterior import Reader, log_prob, posterior
-from .tasks import held_out_claims, instruction, labelled, openings, pairs
+from steerkit.storyworld.judge import Claim, Judge, JudgedSentence, Judgement, Violation
+from steerkit.storyworld.language import ATTRIBUTES, VARIANTS, Sentence, Story, sample, stream
+from steerkit.storyworld.posterior import Reader, log_prob, posterior
+from steerkit.storyworld.tasks import held_out_claims, instruction, labelled, openings, pairs
 
 __all__ = [
     "ATTRIBUTES",

@@ -15,7 +15,7 @@ from functools import cache
 
 import numpy as np
 
-from .language import (
+from steerkit.storyworld.language import (
     ATTRIBUTES,
     CHARACTERS,
     END,

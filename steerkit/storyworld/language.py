@@ -17,7 +17,7 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from . import grammar as g
+from steerkit.storyworld import grammar as g
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "mood": g.MOODS,

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import grammar as g
-from .judge import Judge
-from .language import Item, Story, sample
-from .posterior import log_prob
-from .tasks import held_out_claims
+from steerkit.storyworld import grammar as g
+from steerkit.storyworld.judge import Judge
+from steerkit.storyworld.language import Item, Story, sample
+from steerkit.storyworld.posterior import log_prob
+from steerkit.storyworld.tasks import held_out_claims
 
 if TYPE_CHECKING:
     import torch

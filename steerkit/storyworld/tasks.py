@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from . import grammar as g
-from .language import (
+from steerkit.storyworld import grammar as g
+from steerkit.storyworld.language import (
     ATTRIBUTES,
     CHARACTERS,
     Prior,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .language import vocabulary
+from steerkit.storyworld.language import vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

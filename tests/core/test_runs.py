@@ -19,9 +19,14 @@ from steerkit.runs import Run, atomic_path, atomic_write, jsonable, progress, re
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     target = tmp_path / "weights"
     atomic_write(target, "old")
-    with pytest.raises(ValueError, match="stop"), atomic_path(target) as temporary:
-        temporary.write_text("half")
-        raise ValueError("stop")
+
+    def write_half():
+        with atomic_path(target) as temporary:
+            temporary.write_text("half")
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        write_half()
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["weights"]
 
@@ -78,7 +83,7 @@ def test_a_run_directory_holds_one_run(tmp_path):
     out = tmp_path / "run"
     run = Run.open(out, "train sae", {"arch": "gated", "tokens": 10})
     assert {"run.yaml", "provenance.json"} <= set(os.listdir(out))
-    with pytest.raises(InputError, match="unfinished run.*--resume"):
+    with pytest.raises(InputError, match=r"unfinished run.*--resume"):
         Run.open(out, "train sae", {"arch": "gated", "tokens": 10})
     with pytest.raises(InputError, match="another run: arch is 'gated' there and 'topk' here"):
         Run.open(out, "train sae", {"arch": "topk", "tokens": 10}, resume=True)
