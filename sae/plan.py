@@ -64,7 +64,8 @@ def plan(
     config: TrainConfig | None = None,
 ) -> Plan:
     """Time a few forwards and steps, and reckon the rest. Writes nothing, changes nothing."""
-    config = config or TrainConfig()
+    config = (config or TrainConfig()).resolve(tokens)
+    assert config.batch_size is not None
     width = model.site(site).width
     batches = list(itertools.islice(token_batches(model, documents[:512], tokenization), _PROBE_BATCHES))
     seconds_model, n_model = 0.0, 0

@@ -35,7 +35,7 @@ from sae.dashboard.value import Dashboard
 from sae.evaluation import Evaluation, evaluate
 from sae.latents import collect_latents
 from sae.schedule import TargetL0, learning_rate_factor
-from steerkit.activation_cache import ActivationCache
+from steerkit.activation_cache import ActivationCache, is_cache
 from steerkit.activations import ActivationStream, Statistics, Tokenization
 from steerkit.data import Documents, load_documents, split_held_out
 from steerkit.errors import InputError, NumericsError, did_you_mean
@@ -49,10 +49,10 @@ class TrainConfig:
 
     seed: int = 0
     """Sets initial weights and the order of the data."""
-    batch_size: int = 2048
-    """Tokens a step."""
+    batch_size: int | None = None
+    """Tokens a step; by default a thousandth of the run, as a power of two from 512 to 4,096."""
     lr: float | None = None
-    """Peak learning rate of Adam; by default the architecture's."""
+    """Peak learning rate of Adam; by default 5e-3 · √(1000 / steps), at most 0.01: the longer the run, the smaller the steps."""
     warmup: float = 0.05
     """Share of the run over which the learning rate rises."""
     decay: float = 0.5
@@ -74,8 +74,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "block_tokens", "held_out_tokens", "log_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1.")
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"dtype is {self.dtype!r}; training is done in float32 or bfloat16.")
         if self.lr is not None and not self.lr > 0:
@@ -83,6 +84,17 @@ class TrainConfig:
         for name in ("warmup", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it is a share of the run, from 0 to 1.")
+
+    def resolve(self, tokens: int) -> TrainConfig:
+        """The config of a run of so many tokens, with the defaults that depend on its length. InputError for less than a batch."""
+        batch_size = self.batch_size or max(512, min(4096, 2 ** round(math.log2(max(tokens, 1) / 1000))))
+        if tokens < batch_size:
+            raise InputError(
+                f"{tokens} tokens are less than one batch of {batch_size}: give more, or a smaller batch_size."
+            )
+        lr = self.lr or min(0.01, 5e-3 * (1000 * batch_size / tokens) ** 0.5)
+        dead_after = self.dead_after or min(10_000_000, tokens // 10)
+        return replace(self, batch_size=batch_size, lr=lr, dead_after=dead_after)
 
     def with_(self, settings: Mapping[str, Any]) -> TrainConfig:
         """A copy with other values. Raises InputError for a setting that does not exist."""
@@ -121,11 +133,8 @@ def train(
     checkpoint is saved first.
     """
     started = time.perf_counter()
-    config = (config or TrainConfig()).with_(settings)
-    if tokens < config.batch_size:
-        raise InputError(
-            f"{tokens} tokens are less than one batch of {config.batch_size}: give more tokens or a smaller batch_size."
-        )
+    config = (config or TrainConfig()).with_(settings).resolve(tokens)
+    assert config.batch_size is not None
     width = model.site(site).width
     source = _Source.of(model, data, site, tokenization, text_column)
     made_with = {
@@ -227,10 +236,15 @@ class SAERun:
 
     def held_out(self) -> Documents:
         """The text that was kept from training."""
-        path = Path(self.config["data"])
-        if (path / "cache.json").exists():
-            return ActivationCache.open(path, verify=False).held_out
-        return split_held_out(load_documents(self.config["data"], text_column=self.config["text_column"]))[1]
+        if is_cache(self.config["data"]):
+            return ActivationCache.open(self.config["data"], verify=False).held_out
+        return split_held_out(self.documents())[1]
+
+    def documents(self) -> Documents:
+        """The text of training; if it was not a cache, the held-out text too."""
+        if is_cache(self.config["data"]):
+            return ActivationCache.open(self.config["data"], verify=False).train
+        return load_documents(self.config["data"], text_column=self.config["text_column"])
 
     def evaluate(self, documents: Any = None, *, tokens: int = 200_000) -> Evaluation:
         """Measure the SAE on held-out text: the run's own, or `documents`."""
@@ -252,8 +266,11 @@ class SAERun:
         concepts: Mapping[int, tuple[str, float]] | None = None,
         quiet: bool = False,
     ) -> Dashboard:
-        """Look at the latents on held-out text; `.save(out)` writes the pages. See `sae.dashboard.build`."""
-        model, documents = self.hooked(), self.held_out()
+        """Look at the latents on `tokens` tokens of all the text; `.save(out)` writes the pages. See `sae.dashboard.build`.
+
+        A few per cent of the text, held out, would be too little to see rare latents; the figures in the head are the held-out ones.
+        """
+        model, documents = self.hooked(), self.documents()
         stats = collect_latents(
             model,
             self.sae,
@@ -313,7 +330,7 @@ class _Source:
         tokenization: Tokenization | None,
         text_column: str | None,
     ) -> _Source:
-        if isinstance(data, (str, Path)) and (Path(data) / "cache.json").exists():
+        if is_cache(data):
             data = ActivationCache.open(data)
         if isinstance(data, ActivationCache):
             if data.made_with["model"] != model.name:
@@ -330,6 +347,7 @@ class _Source:
         return cls(model, site, name, train_documents, held_out, tokenization or Tokenization())
 
     def stream(self, config: TrainConfig) -> Stream:
+        assert config.batch_size is not None
         if self.cache is not None:
             return self.cache.stream(self.site, config.batch_size, config.seed, device=self.model.device)
         return ActivationStream(
@@ -383,13 +401,16 @@ class Trainer:
         config: TrainConfig,
         device: torch.device,
     ) -> None:
+        config = config.resolve(tokens)
+        assert config.batch_size is not None
+        assert config.lr is not None
+        assert config.dead_after is not None
         self.arch, self.site, self.config, self.device = arch, site, config, device
+        self.batch_size, self.lr, self.dead_after = config.batch_size, config.lr, config.dead_after
         self.scale = statistics.scale
         self.mean = statistics.mean.to(device) * self.scale
-        self.n_steps = max(1, tokens // config.batch_size)
-        self.dead_after = config.dead_after or min(10_000_000, tokens // 10)
+        self.n_steps = tokens // self.batch_size
         self.sae = arch.build(len(self.mean)).to(device)
-        self.lr = config.lr or arch.learning_rate(self.sae.d_in)
         self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=self.lr, betas=config.betas, fused=True)
         self.silent = torch.zeros(arch.d_sae, dtype=torch.int64, device=device)
         self.controller: TargetL0 | None = None
@@ -404,7 +425,7 @@ class Trainer:
     @property
     def tokens(self) -> int:
         """Tokens seen."""
-        return self.steps * self.config.batch_size
+        return self.steps * self.batch_size
 
     @property
     def coefficient(self) -> float:
@@ -421,7 +442,9 @@ class Trainer:
             generator = torch.Generator().manual_seed(self.config.seed)
             self.sae.initialise(x, self.mean, generator)
         coefficient = self.coefficient
-        outcome = self.sae.gradients(x, coefficient, self.silent > self.dead_after, getattr(torch, self.config.dtype))
+        outcome = self.sae.gradients(
+            x, coefficient, self.silent > self.dead_after, getattr(torch, self.config.dtype)
+        )
         self.sae.remove_parallel_gradient()
         loss, norm = float(outcome.loss), self._clip()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -542,7 +565,7 @@ def fit(
     With a `run`, metrics and checkpoints go to its directory, and a checkpoint that is there is continued. After Ctrl-C or SIGTERM
     a checkpoint is written and KeyboardInterrupt raised.
     """
-    config = config or TrainConfig()
+    config = (config or TrainConfig()).resolve(tokens)
     checkpoints = Checkpoints(run.path / "checkpoint") if run is not None else None
     found = checkpoints.load() if checkpoints is not None else None
     if found is not None:
@@ -562,7 +585,7 @@ def fit(
             checkpoints.save(trainer.steps, trainer.tensors(), state)
 
     saved = time.monotonic()
-    total = trainer.n_steps * config.batch_size
+    total = trainer.n_steps * trainer.batch_size
     with (
         _deferred_interrupts() as interrupted,
         progress(total, f"{arch.name} SAE", quiet=quiet, done=trainer.tokens) as bar,

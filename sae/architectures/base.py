@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from sae import saelens
 from steerkit.errors import InputError
 
+_CACHED = 1 << 21
+"""Latents that are worked on at once on a CPU."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -98,6 +101,12 @@ class Step:
     """Mean number of active latents a token, ()."""
     counts: Float[Tensor, " d_sae"]
     """On how many tokens of the batch each latent was active."""
+
+    @classmethod
+    def zero(cls, sae: SAE) -> Step:
+        """Nothing yet, to add the parts of a batch to."""
+        zeros = torch.zeros(sae.d_sae + 3, device=sae.device, dtype=sae.dtype)
+        return cls(zeros[-3], zeros[-2], zeros[-1], zeros[:-3])
 
 
 class SAE(nn.Module):
@@ -200,6 +209,15 @@ class SAE(nn.Module):
         return torch.cat(parts)
 
     @torch.no_grad()
+    def clear_gradients(self) -> None:
+        """Set every `.grad` to zeros, in place where it is there."""
+        for parameter in self.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad.zero_()
+
+    @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
         """Take from the decoder's gradient what would only change the rows' norms."""
         assert self.W_dec.grad is not None
@@ -224,6 +242,10 @@ class SAE(nn.Module):
         weights = {name: self.get_parameter(name).clone() for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
         cut = torch.zeros_like(weights["b_enc"]) if self.threshold is None else self.threshold.clone()
         return {**weights, "threshold": cut}
+
+    def row_chunks(self, x: Float[Tensor, "n d_in"]) -> Iterator[Float[Tensor, "part d_in"]]:
+        """Parts of a batch whose latents stay in a CPU's cache from one operation to the next; all of it elsewhere."""
+        return iter(x.split(max(64, _CACHED // self.d_sae) if x.device.type == "cpu" else len(x)))
 
     def latent_chunks(self, size: int = 4096) -> Iterator[slice]:
         """Slices over the latents, for work that would need too much memory at once."""
@@ -257,6 +279,22 @@ class SAE(nn.Module):
             )
 
 
-def write_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Set `.grad`, in the parameter's dtype."""
-    parameter.grad = gradient.to(parameter.dtype)
+def gradient(parameter: nn.Parameter) -> Tensor:
+    """`.grad`, which is there after `clear_gradients`."""
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def add_product(
+    parameter: nn.Parameter, left: Float[Tensor, "a part"], right: Float[Tensor, "part b"]
+) -> None:
+    """Add `left @ right` to `.grad`."""
+    if left.dtype == parameter.dtype:
+        gradient(parameter).addmm_(left, right)
+    else:
+        gradient(parameter).add_(left @ right)
+
+
+def add_sum(parameter: nn.Parameter, values: Float[Tensor, "part a"]) -> None:
+    """Add the sum over the rows of `values` to `.grad`."""
+    gradient(parameter).add_(values.sum(0, dtype=parameter.dtype))

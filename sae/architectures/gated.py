@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sae.architectures.base import SAE, Config, Sparsity, Step, write_gradient
+from sae.architectures.base import SAE, Config, Sparsity, Step, add_product, add_sum, gradient
 
 
 @dataclass(frozen=True)
@@ -82,32 +82,37 @@ class GatedSAE(SAE):
         dtype: torch.dtype | None = None,
     ) -> Step:
         n, dtype = len(x), dtype or x.dtype
-        W_enc, W_dec = self.W_enc.to(dtype), self.W_dec.to(dtype)
+        W_enc, W_dec, b_gate, b_mag = (p.to(dtype) for p in (self.W_enc, self.W_dec, self.b_gate, self.b_mag))
         rate = self.r_mag.exp().to(dtype)
-        centred = x - self.b_dec
-        inputs = centred.to(dtype)
-        product = inputs @ W_enc
-        gate = (product + self.b_gate.to(dtype)).relu_()
-        open_ = gate > 0
-        latents = torch.addcmul(self.b_mag.to(dtype), product, rate).relu_().mul_(open_)
-        active = latents > 0
-        counts = active.sum(0, dtype=torch.float32)
+        self.clear_gradients()
+        step = Step.zero(self)
+        for part in self.row_chunks(x):
+            centred = part - self.b_dec
+            inputs = centred.to(dtype)
+            product = inputs @ W_enc
+            gate = (product + b_gate).relu_()
+            open_ = gate > 0
+            latents = torch.addcmul(b_mag, product, rate).relu_().mul_(open_)
+            active = latents > 0
+            step.counts += active.sum(0)
+            error = (latents @ W_dec).to(x.dtype).sub_(centred)
+            auxiliary = (gate @ W_dec).to(x.dtype).sub_(centred)
+            step.mse += error.square().sum() / n
+            step.loss += auxiliary.square().sum() / n + coefficient / n * gate.sum(dtype=x.dtype)
 
-        error = (latents @ W_dec).to(x.dtype).sub_(centred)
-        auxiliary = (gate @ W_dec).to(x.dtype).sub_(centred)
-        mse = error.square().sum() / n
-        loss = mse + coefficient * gate.sum(dtype=x.dtype) / n + auxiliary.square().sum() / n
-        error.mul_(2 / n)
-        auxiliary.mul_(2 / n)
-        errors = error.to(dtype)
-
-        write_gradient(self.W_dec, latents.T @ errors)
-        magnitude = torch.mm(errors, W_dec.T, out=latents).mul_(active)
-        upstream = torch.mm(auxiliary.to(dtype), W_dec.T, out=gate).add_(coefficient / n).mul_(open_)
-        write_gradient(self.b_gate, upstream.sum(0, dtype=x.dtype))
-        write_gradient(self.b_mag, magnitude.sum(0, dtype=x.dtype))
-        upstream.addcmul_(magnitude, rate)
-        write_gradient(self.r_mag, product.mul_(magnitude).sum(0, dtype=x.dtype).mul_(rate))
-        write_gradient(self.W_enc, inputs.T @ upstream)
-        write_gradient(self.b_dec, error.sum(0) - self.W_enc @ upstream.sum(0, dtype=x.dtype))
-        return Step(loss, mse, counts.sum() / n, counts)
+            error.mul_(2 / n)
+            errors, auxiliaries = error.to(dtype), auxiliary.mul_(2 / n).to(dtype)
+            add_product(self.W_dec, latents.T, errors)
+            magnitude = torch.mm(errors, W_dec.T, out=latents).mul_(active)
+            upstream = torch.mm(auxiliaries, W_dec.T, out=gate).add_(coefficient / n).mul_(open_)
+            add_sum(self.b_gate, upstream)
+            add_sum(self.b_mag, magnitude)
+            add_product(self.W_enc, inputs.T, upstream.addcmul_(magnitude, rate))
+            add_sum(self.r_mag, product.mul_(magnitude))
+            add_sum(self.b_dec, error)
+        rates = self.r_mag.exp()
+        gradient(self.r_mag).mul_(rates)
+        gradient(self.b_dec).sub_(self.W_enc @ (gradient(self.b_gate) + rates * gradient(self.b_mag)))
+        step.loss += step.mse
+        step.l0 += step.counts.sum() / n
+        return step

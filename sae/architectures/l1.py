@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sae.architectures.base import SAE, Config, Sparsity, Step, write_gradient
+from sae.architectures.base import SAE, Config, Sparsity, Step, add_product, add_sum, gradient
 
 
 @dataclass(frozen=True)
@@ -70,24 +70,30 @@ class ReLUSAE(SAE):
         dtype: torch.dtype | None = None,
     ) -> Step:
         n, dtype = len(x), dtype or x.dtype
-        W_enc, W_dec = self.W_enc.to(dtype), self.W_dec.to(dtype)
-        centred = x - self.b_dec
-        inputs = centred.to(dtype)
-        latents = torch.addmm(self.b_enc.to(dtype), inputs, W_enc).relu_()
-        error = (latents @ W_dec).to(x.dtype).sub_(centred)
-        mse = error.square().sum() / n
-        active = latents > 0
-        penalty = self.penalty(latents).sum(dtype=x.dtype) / n if coefficient else mse.new_zeros(())
-        counts = active.sum(0, dtype=torch.float32)
+        W_enc, W_dec, b_enc = self.W_enc.to(dtype), self.W_dec.to(dtype), self.b_enc.to(dtype)
+        self.clear_gradients()
+        step = Step.zero(self)
+        for part in self.row_chunks(x):
+            centred = part - self.b_dec
+            inputs = centred.to(dtype)
+            latents = torch.addmm(b_enc, inputs, W_enc).relu_()
+            active = latents > 0
+            step.counts += active.sum(0)
+            error = (latents @ W_dec).to(x.dtype).sub_(centred)
+            step.mse += error.square().sum() / n
+            if coefficient:
+                step.loss += coefficient / n * self.penalty(latents).sum(dtype=x.dtype)
 
-        error.mul_(2 / n)
-        errors = error.to(dtype)
-        upstream = errors @ W_dec.T
-        self.add_penalty_slope_(upstream, latents, coefficient / n)
-        upstream.mul_(active)
-        bias = upstream.sum(0, dtype=x.dtype)
-        write_gradient(self.W_dec, latents.T @ errors)
-        write_gradient(self.W_enc, inputs.T @ upstream)
-        write_gradient(self.b_enc, bias)
-        write_gradient(self.b_dec, error.sum(0) - self.W_enc @ bias)
-        return Step(mse + coefficient * penalty, mse, counts.sum() / n, counts)
+            error.mul_(2 / n)
+            errors = error.to(dtype)
+            upstream = errors @ W_dec.T
+            self.add_penalty_slope_(upstream, latents, coefficient / n)
+            upstream.mul_(active)
+            add_product(self.W_dec, latents.T, errors)
+            add_product(self.W_enc, inputs.T, upstream)
+            add_sum(self.b_enc, upstream)
+            add_sum(self.b_dec, error)
+        gradient(self.b_dec).sub_(self.W_enc @ gradient(self.b_enc))
+        step.loss += step.mse
+        step.l0 += step.counts.sum() / n
+        return step

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sae.architectures.base import SAE, Config, Step, write_gradient
+from sae.architectures.base import SAE, Config, Step
 from steerkit.errors import InputError
 
 
@@ -123,10 +123,8 @@ class TopKSAE(SAE):
             upstream_dead = (left @ W_dec[which].T).mul_(chosen != 0)
             encoder.index_add_(1, which, inputs.T @ upstream_dead)
             bias.index_add_(0, which, upstream_dead.sum(0, dtype=x.dtype))
-        write_gradient(self.W_dec, decoder)
-        write_gradient(self.W_enc, encoder)
-        write_gradient(self.b_enc, bias)
-        write_gradient(self.b_dec, error.sum(0) - self.W_enc @ bias)
+        self.W_dec.grad, self.W_enc.grad = decoder.to(x.dtype), encoder.to(x.dtype)
+        self.b_enc.grad, self.b_dec.grad = bias, error.sum(0) - self.W_enc @ bias
         return Step(loss, mse, counts.sum() / n, counts)
 
 

@@ -23,7 +23,16 @@ SITE = "site"
 class SparseStream:
     """x = Σ_i f_i d_i + mean + noise, with k of n features active a token; `kind` says how often each is, and how strongly."""
 
-    def __init__(self, kind: str = "even", *, d: int = 32, n: int = 96, k: int = 4, batch_size: int = 512, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        kind: str = "even",
+        *,
+        d: int = 32,
+        n: int = 96,
+        k: int = 4,
+        batch_size: int = 512,
+        scale: float = 1.0,
+    ) -> None:
         generator = torch.Generator().manual_seed(11)
         self.dictionary = torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1)
         self.offset = 0.5 * torch.randn(d, generator=generator)
@@ -87,7 +96,9 @@ def _train(model: Any, texts: list[str], out: Path, resume: bool) -> None:
     )
 
 
-def _in_child(train: Callable[[Path, bool], None], out: Path, resume: bool, kill: random.Random | None) -> bool:
+def _in_child(
+    train: Callable[[Path, bool], None], out: Path, resume: bool, kill: random.Random | None
+) -> bool:
     """Train in a forked child; with `kill`, SIGKILL it some time after its first new checkpoint. Whether the run is finished."""
     before = {path.name for path in (out / "checkpoint").glob("step-*")}
     child = os.fork()
@@ -120,7 +131,11 @@ def main() -> None:
 
     torch.set_num_threads(1)
     out, kills = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
-    train = partial(_train, HookedModel.from_pretrained("storyworld", device="cpu"), list(load_documents("storyworld")[:80]))
+    train = partial(
+        _train,
+        HookedModel.from_pretrained("storyworld", device="cpu"),
+        list(load_documents("storyworld")[:80]),
+    )
     _in_child(train, out / "whole", False, None)
     n_kills = 0
     while n_kills < 4 and not _in_child(train, out / "killed", True, kills):

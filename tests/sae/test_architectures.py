@@ -51,6 +51,21 @@ def test_gradients_by_hand_equal_autograd(config, some_dead, dtype):
 
 
 @EACH
+def test_gradients_are_summed_over_parts_of_the_batch(config, monkeypatch):
+    model, x, dead = made(config, torch.float64)
+    x = torch.cat([x, x.flip(1), 2 * x[:40]])
+    whole = model.gradients(x, 0.3, dead)
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    monkeypatch.setattr("sae.architectures.base._CACHED", 1)
+    assert len(list(model.row_chunks(x))) == 3
+    parts = model.gradients(x, 0.3, dead)
+    torch.testing.assert_close(vars(parts), vars(whole))
+    torch.testing.assert_close(
+        {name: parameter.grad for name, parameter in model.named_parameters()}, expected
+    )
+
+
+@EACH
 def test_autograd_of_the_objective_is_right_away_from_kinks(config):
     # Looked at in the encoder's bias, and without dead latents: what is frozen on purpose makes the objective's derivative
     # another elsewhere.

@@ -12,7 +12,12 @@ from sae.architectures.jumprelu import JumpReLU
 from steerkit.errors import CheckpointError, InputError
 
 D_IN, D_SAE = 12, 40
-CONFIGS = [sae.L1(D_SAE, target_l0=6.0), sae.SqrtL1(D_SAE, target_l0=6.0), sae.Gated(D_SAE, target_l0=6.0), sae.TopK(D_SAE, k=4)]
+CONFIGS = [
+    sae.L1(D_SAE, target_l0=6.0),
+    sae.SqrtL1(D_SAE, target_l0=6.0),
+    sae.Gated(D_SAE, target_l0=6.0),
+    sae.TopK(D_SAE, k=4),
+]
 EACH = pytest.mark.parametrize("config", [*CONFIGS, JumpReLU(D_SAE)], ids=lambda config: config.name)
 SITE = "blocks.2.hook_resid_post"
 
@@ -56,7 +61,9 @@ def test_saving_and_loading_gives_the_same_sae(config, pruned, tmp_path):
     assert {key: loaded.metadata[key] for key in model.metadata} == model.metadata
     if not pruned:
         assert loaded.config == config
-        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+        assert all(
+            torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values())
+        )
     elif config.name != "jumprelu":
         assert loaded.metadata["trained_as"]["name"] == config.name
 
@@ -97,7 +104,7 @@ def trained_by_sae_lens(sae_lens, architecture, **options):
             parameter.add_(0.1 * torch.randn_like(parameter))
     optimiser = torch.optim.Adam(theirs.parameters(), lr=1e-2)
     for step in range(5):
-        coefficients = {name: 1.0 for name in theirs.get_coefficients()}
+        coefficients = dict.fromkeys(theirs.get_coefficients(), 1.0)
         dead = torch.zeros(D_SAE, dtype=torch.bool)
         out = theirs.training_forward_pass(TrainStepInput(x, coefficients, dead, step, False))
         optimiser.zero_grad()
@@ -172,7 +179,9 @@ def dictionary_learning_forward(stored, x):
     bias = stored.get("decoder_bias", stored.get("bias", stored.get("b_dec")))
     pre = (x - bias) @ stored["encoder.weight"].T + stored.get("encoder.bias", 0)
     if "r_mag" in stored:
-        latents = (pre + stored["gate_bias"] > 0) * torch.relu(stored["r_mag"].exp() * pre + stored["mag_bias"])
+        latents = (pre + stored["gate_bias"] > 0) * torch.relu(
+            stored["r_mag"].exp() * pre + stored["mag_bias"]
+        )
     else:
         latents = torch.relu(pre)
     if "k" in stored:
@@ -198,10 +207,15 @@ def test_sparsify_computes_the_same_from_our_files(tmp_path):
     model, x = made(CONFIGS[3])
     model.save(tmp_path / "a")
     sae.convert(tmp_path / "a", "sparsify", tmp_path / "b")
-    stored, config = load_file(tmp_path / "b/sae.safetensors"), json.loads((tmp_path / "b/cfg.json").read_text())
+    stored, config = (
+        load_file(tmp_path / "b/sae.safetensors"),
+        json.loads((tmp_path / "b/cfg.json").read_text()),
+    )
     pre = torch.relu((x - stored["b_dec"]) @ stored["encoder.weight"].T + stored["encoder.bias"])
     top = pre.topk(config["k"], dim=-1)
-    reconstruction = torch.zeros_like(pre).scatter_(-1, top.indices, top.values) @ stored["W_dec"] + stored["b_dec"]
+    reconstruction = (
+        torch.zeros_like(pre).scatter_(-1, top.indices, top.values) @ stored["W_dec"] + stored["b_dec"]
+    )
     torch.testing.assert_close(reconstruction, model(x), rtol=1e-5, atol=1e-4)
     assert (config["d_in"], config["num_latents"]) == (D_IN, D_SAE)
 

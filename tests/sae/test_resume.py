@@ -17,7 +17,12 @@ from steerkit.runs import Run
 sys.path.insert(0, str(Path(__file__).parent))
 from synthetic import SITE, SparseStream
 
-ARCHS = [sae.Gated(128, target_l0=4.0), sae.SqrtL1(128, target_l0=4.0), sae.L1(128, l1=0.5), sae.TopK(128, k=4)]
+ARCHS = [
+    sae.Gated(128, target_l0=4.0),
+    sae.SqrtL1(128, target_l0=4.0),
+    sae.L1(128, l1=0.5),
+    sae.TopK(128, k=4),
+]
 EACH = pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: arch.name)
 CONFIG = sae.TrainConfig(batch_size=512, log_every=5, dead_after=3000)
 TOKENS = 30 * 512
@@ -154,7 +159,9 @@ def test_a_checkpoint_holds_what_was_saved(tmp_path):
 
 
 def test_leftovers_of_a_kill_in_the_middle_of_a_write_do_no_harm(tmp_path):
-    (interrupted := interrupted_at(tmp_path / "r", 5))[0].with_name(".step-0000000006.safetensors.1.2.tmp").write_bytes(b"half")
+    (interrupted := interrupted_at(tmp_path / "r", 5))[0].with_name(
+        ".step-0000000006.safetensors.1.2.tmp"
+    ).write_bytes(b"half")
     fitted(ARCHS[0], tmp_path / "r", resume=True)
     assert not list(interrupted[0].parent.glob(".*"))
 
@@ -163,7 +170,9 @@ def test_sigkill_at_any_moment_changes_nothing(tmp_path):
     script = Path(__file__).with_name("synthetic.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     seed = str(int.from_bytes(os.urandom(4)))
-    done = subprocess.run([sys.executable, script, tmp_path, seed], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, seed], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     whole, killed, kills = done.stdout.split()[-3:]
     assert int(kills) >= 2, "the run was over before it could be killed twice"

@@ -34,7 +34,9 @@ def test_the_held_out_l0_ends_within_a_tenth_of_the_target(arch, kind):
     # Three distributions, three scales, three targets: nothing of them is known to the controller beforehand.
     scale, target = {"even": (1.0, 4.0), "heavy": (40.0, 8.0), "zipf": (0.02, 3.0)}[kind]
     stream = SparseStream(kind, scale=scale)
-    made, _ = sae.fit(stream, SITE, arch(128, target_l0=target), 200_000, config=sae.TrainConfig(batch_size=512))
+    made, _ = sae.fit(
+        stream, SITE, arch(128, target_l0=target), 200_000, config=sae.TrainConfig(batch_size=512)
+    )
     l0, fvu, dead = figures(made, stream.held_out())
     assert l0 == pytest.approx(target, rel=0.1)
     assert fvu < 0.5
@@ -52,7 +54,14 @@ def test_topk_finds_the_dictionary():
 
 def test_a_fixed_coefficient_is_reached_after_the_warm_up_and_kept(tmp_path):
     run = Run.open(tmp_path / "r", "train sae", {})
-    sae.fit(SparseStream(), SITE, sae.L1(64, l1=0.7), 40 * 512, config=sae.TrainConfig(batch_size=512, log_every=1), run=run)
+    sae.fit(
+        SparseStream(),
+        SITE,
+        sae.L1(64, l1=0.7),
+        40 * 512,
+        config=sae.TrainConfig(batch_size=512, log_every=1),
+        run=run,
+    )
     coefficients = [line["coefficient"] for line in run.metrics()]
     assert coefficients[0] == pytest.approx(0.35)
     assert set(coefficients[2:]) == {0.7}
@@ -74,7 +83,11 @@ def test_training_is_the_same_for_activations_of_any_scale():
     made = {}
     for scale in (1.0, 1024.0):
         made[scale], _ = sae.fit(
-            SparseStream(scale=scale), SITE, sae.Gated(96, target_l0=4.0), 20_000, config=sae.TrainConfig(batch_size=512)
+            SparseStream(scale=scale),
+            SITE,
+            sae.Gated(96, target_l0=4.0),
+            20_000,
+            config=sae.TrainConfig(batch_size=512),
         )
     x = SparseStream().held_out(512)
     torch.testing.assert_close(made[1024.0](1024 * x) / 1024, made[1.0](x), rtol=1e-4, atol=1e-4)
@@ -97,7 +110,14 @@ def test_decoder_rows_are_of_unit_norm_in_training_units_and_the_seed_decides():
 def test_silence_is_counted_in_tokens():
     stream = SparseStream()
     config = sae.TrainConfig(batch_size=512, dead_after=1000)
-    trainer = Trainer(sae.TopK(64, k=4, aux_coefficient=0), SITE, stream.statistics(SITE), 10_000, config, torch.device("cpu"))
+    trainer = Trainer(
+        sae.TopK(64, k=4, aux_coefficient=0),
+        SITE,
+        stream.statistics(SITE),
+        10_000,
+        config,
+        torch.device("cpu"),
+    )
     trainer.step(next(stream)[SITE])
     with torch.no_grad():
         trainer.sae.b_enc[5] = -1e4
@@ -149,6 +169,19 @@ def test_the_controller_raises_the_penalty_while_too_much_is_active():
         controller.update(8.0)
     assert before < raised
     assert controller.coefficient < raised
+
+
+def test_batch_size_and_learning_rate_follow_from_the_length_of_the_run():
+    found = {
+        tokens: sae.TrainConfig().resolve(tokens) for tokens in (100_000, 1_000_000, 2_000_000, 100_000_000)
+    }
+    assert [config.batch_size for config in found.values()] == [512, 1024, 2048, 4096]
+    rates = [config.lr for config in found.values()]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[1] == pytest.approx(5e-3, rel=0.02)
+    assert sae.TrainConfig(lr=1e-4, batch_size=64).resolve(10_000).lr == 1e-4
+    with pytest.raises(InputError, match="100 tokens are less than one batch of 512"):
+        sae.TrainConfig().resolve(100)
 
 
 @pytest.mark.parametrize(
