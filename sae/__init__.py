@@ -8,26 +8,39 @@ Architectures are in `sae.architectures`, one file each.
 """
 
 from sae.architectures import L1, REGISTRY, SAE, Config, Gated, SqrtL1, TopK, get
-from sae.evaluation import Evaluation, evaluate
+from sae.concepts import ConceptScores, concept_scores
+from sae.evaluation import Evaluation, NullTable, evaluate, evaluate_nulls, random_sae
 from sae.formats import convert, load, save
+from sae.pruning import PruneCurve, keep_top, prune, prune_curve
+from sae.random_model import train_on_random_model
 from sae.training import SAERun, TrainConfig, fit, train
 
 __all__ = [
     "L1",
     "REGISTRY",
     "SAE",
+    "ConceptScores",
     "Config",
     "Evaluation",
     "Gated",
+    "NullTable",
+    "PruneCurve",
     "SAERun",
     "SqrtL1",
     "TopK",
     "TrainConfig",
+    "concept_scores",
     "convert",
     "evaluate",
+    "evaluate_nulls",
     "fit",
     "get",
+    "keep_top",
     "load",
+    "prune",
+    "prune_curve",
+    "random_sae",
     "save",
     "train",
+    "train_on_random_model",
 ]

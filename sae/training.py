@@ -268,7 +268,7 @@ class SAERun:
     ) -> Dashboard:
         """Look at the latents on `tokens` tokens of all the text; `.save(out)` writes the pages. See `sae.dashboard.build`.
 
-        A few per cent of the text, held out, would be too little to see rare latents; the figures in the head are the held-out ones.
+        A few per cent of the text, held out, would be too little to see rare latents; the head has the held-out figures.
         """
         model, documents = self.hooked(), self.documents()
         stats = collect_latents(

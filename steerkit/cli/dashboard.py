@@ -13,7 +13,7 @@ from sae.training import SAERun
 from steerkit.cli.common import Device, Json, Quiet, emit, load_model, say
 from steerkit.errors import InputError
 
-_TELLING = 0.7
+_TELLING = 0.8
 """A latent is said to be about a concept from this AUROC on."""
 
 
@@ -42,7 +42,7 @@ def dashboard(
     concepts = None
     if found.config["model"] == "storyworld":
         say("Scoring the latents on StoryWorld's attributes.", quiet=quiet)
-        scores = concept_scores(model, found.sae, found.config["site"], posterior=False, quiet=True)
+        scores = concept_scores(model, found.sae, found.config["site"], per="story", posterior=False)
         concepts = best_concepts(scores)
     chosen: Any = latents
     if latents != "all" and not latents.startswith("top:"):

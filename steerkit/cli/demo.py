@@ -60,7 +60,7 @@ def demo(
     say(repr(nulls), quiet=quiet)
 
     say("3/4  Which latents tell StoryWorld's attributes.", quiet=quiet)
-    scores = concept_scores(model, run.sae, SITE, tokens=40_000)
+    scores = concept_scores(model, run.sae, SITE, per="story", tokens=60_000)
     say(
         f"     mean AUROC of the best latent {scores.mean():.3f}, ceiling {scores.mean('posterior'):.3f}",
         quiet=quiet,
@@ -97,8 +97,9 @@ def _story(model: HookedModel, run: sae.SAERun, nulls: NullTable, scores: Concep
         _command(train) + _command("steerkit eval sae runs/demo --nulls"),
         "<h2>The attributes, found</h2>",
         f"<p>The latent that best tells <i>{best.attribute} = {best.value}</i> is "
-        f"<a href='dashboard/index.html#latent={best.latent}'>latent {best.latent}</a> (AUROC {best.auroc:.3f}). It was chosen on "
-        "some stories and scored on others. The ceiling is what the exact posterior given the text so far reaches.</p>",
+        f"<a href='dashboard/index.html#latent={best.latent}'>latent {best.latent}</a> (AUROC {best.auroc:.3f}). Its score "
+        "for a story is its maximum over the story's tokens; it was chosen on some stories and scored on others. The ceiling is the exact "
+        "posterior given the whole story.</p>",
         _figure(scores),
         _command("steerkit eval sae runs/demo --concepts"),
         "<h2>Every latent</h2>",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,12 +10,11 @@ import typer
 
 from sae.concepts import concept_scores
 from sae.evaluation import evaluate, evaluate_nulls
-from sae.formats import load as load_sae
-from sae.training import SAERun, train
+from sae.random_model import train_on_random_model
+from sae.training import SAERun
 from steerkit.cli.common import Device, Json, Quiet, emit, load_model, say
 from steerkit.data import load_documents
 from steerkit.errors import InputError
-from steerkit.models import HookedModel
 from steerkit.runs import write_json
 from steerkit.tokens import Tokenization
 
@@ -79,7 +79,8 @@ def _evaluate(
         "quiet": quiet,
     }
     site = run.config["site"]
-    baseline = _random_model_sae(run, model, quiet) if random_model else None
+    run = replace(run, model=model)
+    baseline = train_on_random_model(run, quiet=quiet).sae.to(model.device) if random_model else None
     result: dict[str, Any] = {"run": str(path), "arch": run.sae.arch, "data": data or run.config["data"]}
     say(f"{path}: {run.sae!r}", quiet=quiet)
     if nulls:
@@ -96,29 +97,8 @@ def _evaluate(
             raise InputError(
                 "--concepts needs labels for every token: it works for runs on the model `storyworld`."
             )
-        scores = concept_scores(model, run.sae, site, random_model_sae=baseline, quiet=quiet)
+        scores = concept_scores(model, run.sae, site, per="story", random_model_sae=baseline, quiet=quiet)
         say(repr(scores), quiet=quiet)
         result["concepts"] = scores.to_dict()
     write_json(path / "evaluation.json", result)
     return result
-
-
-def _random_model_sae(run: SAERun, model: HookedModel, quiet: bool) -> Any:
-    """An SAE trained like `run`, but on the model's randomly initialised twin; kept in the run's directory."""
-    out = run.path / "random-model"
-    if not (out / "summary.json").exists():
-        say(f"Training the same SAE on the randomly initialised model ({out}).", quiet=quiet)
-        train(
-            model.randomized(0),
-            run.config["data"],
-            run.config["site"],
-            run.sae.config,
-            run.config["tokens"],
-            out,
-            config=run.train_config(),
-            tokenization=Tokenization(**run.config["tokenization"]),
-            text_column=run.config["text_column"],
-            resume=True,
-            quiet=quiet,
-        )
-    return load_sae(out).to(model.device)
