@@ -200,7 +200,7 @@ window.steerkit = (() => {
   }
 
   function draw(element, data, layout) {
-    for (const old of drawn.keys()) if (!old.isConnected) { Plotly.purge(old); drawn.delete(old); }
+    for (const old of drawn.keys()) if (!old.isConnected) { window.Plotly?.purge(old); drawn.delete(old); }
     drawn.set(element, [data, layout]);
     if (!window.Plotly) return;
     Plotly.react(element, data, { ...layout, template: template() },

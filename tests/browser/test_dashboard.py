@@ -105,16 +105,23 @@ def browser():
 
 @pytest.fixture
 def visit(browser):
-    """Open a page; at the end there must have been no error and no request but for files."""
+    """Open a page; at the end there must have been no error and no request but for files.
+
+    Without `plots` the page's Plotly is empty, as it is on a slow machine for the first seconds: everything else
+    works meanwhile.
+    """
     pages, wrong = [], []
 
-    def visit(path: Path, fragment: str = "", scheme: str = "light"):
+    def visit(path: Path, fragment: str = "", scheme: str = "light", plots: bool = False):
         page = browser.new_page(color_scheme=scheme, viewport={"width": 1400, "height": 900})
+        page.set_default_timeout(120_000)
+        if not plots:
+            page.route("**/plotly.min.js", lambda route: route.fulfill(body=""))
         page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         local = ("file:", "data:")
         page.on("request", lambda r: None if r.url.startswith(local) else wrong.append(r.url))
-        page.goto(path.resolve().as_uri() + fragment)
+        page.goto(path.resolve().as_uri() + fragment, wait_until="domcontentloaded")
         pages.append(page)
         return page
 
@@ -132,7 +139,7 @@ def column(page, place: int) -> list[str]:
 
 
 def test_overview_shows_summary_and_latents(visit, dashboard):
-    page = visit(dashboard)
+    page = visit(dashboard, plots=True)
     assert page.text_content("#title") == page.title() == "Latents of a tiny model"
     tiles = page.text_content("#tiles")
     assert "0.035" in tiles
@@ -164,7 +171,7 @@ def test_search(visit, dashboard):
 
 def test_deep_link_shows_the_latent(visit, dashboard, parts):
     stats = parts[3]
-    page = visit(dashboard, "#latent=3")
+    page = visit(dashboard, "#latent=3", plots=True)
     page.wait_for_selector("#histogram .bars")
     assert page.text_content("#latent h2") == "Latent 3"
     assert "weather=snowy (AUROC 0.970)" in page.text_content(".facts")
@@ -268,7 +275,7 @@ def test_single_file(visit, make, tmp_path):
     path = make(tmp_path / "one.html", single_file=True, latents=[3, DEAD])
     assert path == tmp_path / "one.html"
     assert [entry.name for entry in tmp_path.iterdir()] == ["one.html"]
-    page = visit(path, "#latent=3")
+    page = visit(path, "#latent=3", plots=True)
     page.wait_for_selector("#histogram .bars")
     page.wait_for_selector(".text .peak")
     page.goto(path.as_uri() + f"#latent={DEAD}")
@@ -285,7 +292,7 @@ def test_a_page_of_figures(visit, tmp_path):
 
     figure = go.Figure(go.Scatter(x=[1, 2], y=[3, 4], name="</script><b>"))
     path = write_page("Steering <1>", ["<h2>Part</h2>", figure], tmp_path / "sub" / "report.html")
-    page = visit(path, scheme="dark")
+    page = visit(path, scheme="dark", plots=True)
     page.wait_for_selector(".figure .scatterlayer")
     assert page.text_content("h1") == "Steering <1>"
     assert (tmp_path / "sub" / "plotly.min.js").stat().st_size > 1e6
