@@ -42,6 +42,9 @@ from steerkit.errors import InputError, NumericsError, did_you_mean
 from steerkit.models import HookedModel
 from steerkit.runs import Run, make_provenance, peak_memory_mb, progress
 
+REVIVAL_SHARE = 0.7
+"""The share of a run after which dead latents are no longer made anew: the rest is for learning."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -441,6 +444,8 @@ class Trainer:
         if self.steps == 0:
             generator = torch.Generator().manual_seed(self.config.seed)
             self.sae.initialise(x, self.mean, generator)
+        elif self.sae.uses_penalty:
+            self._revive(x)
         coefficient = self.coefficient
         outcome = self.sae.gradients(
             x, coefficient, self.silent > self.dead_after, getattr(torch, self.config.dtype)
@@ -470,6 +475,22 @@ class Trainer:
             batches=1,
         )
         self._add_last(coefficient=coefficient, lr=self.lr * factor)
+
+    def _revive(self, x: Float[Tensor, "n d_in"]) -> None:
+        """Give the latents that have been silent for long a new start, now and then in the first part of the run."""
+        every = max(1, self.dead_after // self.batch_size)
+        if self.steps % every or self.steps > REVIVAL_SHARE * self.n_steps:
+            return
+        dead = (self.silent > self.dead_after).nonzero().flatten()
+        if not len(dead):
+            return
+        self.sae.revive(x, dead, torch.Generator().manual_seed(self.config.seed + self.steps))
+        self.silent[dead] = 0
+        for parameter in self.sae.parameters():
+            if parameter is not self.sae.b_dec:
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    latents = 1 if parameter is self.sae.W_enc else 0
+                    self.optimiser.state[parameter][moment].index_fill_(latents, dead, 0.0)
 
     def _clip(self) -> float:
         """Bound the gradient by a multiple of its running norm; returns the norm that it had."""

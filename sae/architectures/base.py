@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae import saelens
@@ -197,14 +197,37 @@ class SAE(nn.Module):
         self.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
         self.W_enc.copy_(self.W_dec.T)
         self.b_dec.copy_(mean)
+        self.set_density(x)
 
     @torch.no_grad()
-    def upper_quantile(self, x: Float[Tensor, "n d_in"], share: float) -> Float[Tensor, " d_sae"]:
+    def set_density(self, x: Float[Tensor, "n d_in"], latents: Tensor | slice = slice(None)) -> None:
+        """Set the encoder biases of `latents` (indices) so that they are active on about the share of tokens that training starts
+        with. Architectures without such a bias leave this out."""
+
+    @torch.no_grad()
+    def revive(
+        self, x: Float[Tensor, "n d_in"], dead: Int[Tensor, " n_dead"], generator: torch.Generator
+    ) -> None:
+        """Make the latents `dead` anew: in the directions of errors, drawn from the batch in proportion to their squares."""
+        error = x - self(x)
+        drawn = torch.multinomial(
+            error.square().sum(1).cpu(), len(dead), len(dead) > len(x), generator=generator
+        )
+        rows = torch.nn.functional.normalize(error[drawn.to(x.device)], dim=1)
+        self.W_dec[dead] = rows
+        self.W_enc[:, dead] = rows.T
+        self.set_density(x, dead)
+
+    @torch.no_grad()
+    def upper_quantile(
+        self, x: Float[Tensor, "n d_in"], share: float, latents: Tensor | slice = slice(None)
+    ) -> Float[Tensor, " n_latents"]:
         """What each latent's encoder product exceeds on the share `share` of the tokens `x`."""
         keep = max(1, min(len(x), round(share * len(x))))
         centred = x - self.b_dec
         parts = [
-            (centred @ self.W_enc[:, part]).topk(keep, dim=0).values[-1] for part in self.latent_chunks(1024)
+            (centred @ columns).topk(keep, dim=0).values[-1]
+            for columns in self.W_enc[:, latents].split(1024, dim=1)
         ]
         return torch.cat(parts)
 

@@ -62,10 +62,11 @@ class GatedSAE(SAE):
         }
 
     @torch.no_grad()
-    def initialise(self, x: Tensor, mean: Tensor, generator: torch.Generator) -> None:
-        super().initialise(x, mean, generator)
+    def set_density(self, x: Float[Tensor, "n d_in"], latents: Tensor | slice = slice(None)) -> None:
         assert isinstance(self.config, Sparsity)
-        self.b_gate.copy_(-self.upper_quantile(x, self.config.initial_density))
+        self.b_gate[latents] = -self.upper_quantile(x, self.config.initial_density, latents)
+        self.b_mag[latents] = 0.0
+        self.r_mag[latents] = 0.0
 
     def loss(self, x: Float[Tensor, "n d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]) -> Tensor:
         gate = torch.relu((x - self.b_dec) @ self.W_enc + self.b_gate)

@@ -43,10 +43,9 @@ class ReLUSAE(SAE):
         return torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
 
     @torch.no_grad()
-    def initialise(self, x: Tensor, mean: Tensor, generator: torch.Generator) -> None:
-        super().initialise(x, mean, generator)
+    def set_density(self, x: Float[Tensor, "n d_in"], latents: Tensor | slice = slice(None)) -> None:
         assert isinstance(self.config, Sparsity)
-        self.b_enc.copy_(-self.upper_quantile(x, self.config.initial_density))
+        self.b_enc[latents] = -self.upper_quantile(x, self.config.initial_density, latents)
 
     def penalty(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """φ(f)."""
