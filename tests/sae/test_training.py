@@ -55,7 +55,9 @@ def test_topk_finds_the_dictionary():
 def test_dead_latents_are_made_anew():
     stream = SparseStream()
     config = sae.TrainConfig(batch_size=512, dead_after=2048)
-    trainer = Trainer(sae.Gated(64, target_l0=4.0), SITE, stream.statistics(SITE), 40_960, config, torch.device("cpu"))
+    trainer = Trainer(
+        sae.Gated(64, target_l0=4.0), SITE, stream.statistics(SITE), 40_960, config, torch.device("cpu")
+    )
     for step in range(80):
         trainer.step(next(stream)[SITE])
         if step == 5:
