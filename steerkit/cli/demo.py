@@ -21,8 +21,9 @@ from steerkit.plots import page
 from steerkit.runs import atomic_write
 
 SITE = "blocks.2.hook_resid_post"
-TOKENS, QUICK_TOKENS = 1_000_000, 200_000
+TOKENS, QUICK_TOKENS = 400_000, 150_000
 D_SAE, K = 1024, 16
+HELD_OUT_TOKENS = 40_000
 _MARKER = ".steerkit-demo"
 
 
@@ -52,22 +53,23 @@ def demo(
     say(f"1/4  Training a TopK SAE of {D_SAE:,} latents at {SITE}.", quiet=quiet)
     arch = sae.TopK(d_sae=D_SAE, k=K)
     tokens = QUICK_TOKENS if quick else TOKENS
-    run = sae.train(model, "storyworld", SITE, arch, tokens, out / "run", seed=seed or 0, quiet=quiet)
+    settings = {"seed": seed or 0, "held_out_tokens": HELD_OUT_TOKENS}
+    run = sae.train(model, "storyworld", SITE, arch, tokens, out / "run", quiet=quiet, **settings)
     say(f"     {summary_line(run.summary)}", quiet=quiet)
 
     say("2/4  What it has to beat.", quiet=quiet)
-    nulls = evaluate_nulls(model, run.sae, run.held_out(), SITE, tokens=50_000)
+    nulls = evaluate_nulls(model, run.sae, run.held_out(), SITE, tokens=20_000)
     say(repr(nulls), quiet=quiet)
 
     say("3/4  Which latents tell StoryWorld's attributes.", quiet=quiet)
-    scores = concept_scores(model, run.sae, SITE, per="story", tokens=60_000)
+    scores = concept_scores(model, run.sae, SITE, per="story", tokens=50_000)
     say(
         f"     mean AUROC of the best latent {scores.mean():.3f}, ceiling {scores.mean('posterior'):.3f}",
         quiet=quiet,
     )
 
     say("4/4  Drawing.", quiet=quiet)
-    run.dashboard(concepts=best_concepts(scores), tokens=100_000, quiet=True).save(out / "dashboard")
+    run.dashboard(concepts=best_concepts(scores), tokens=60_000, quiet=True).save(out / "dashboard")
     report = page("steerkit demo", _story(model, run, nulls, scores), out / "index.html").resolve()
     say(f"\nOpen {report}", quiet=quiet)
     emit(
@@ -98,7 +100,8 @@ def _story(model: HookedModel, run: sae.SAERun, nulls: NullTable, scores: Concep
         "<h2>The attributes, found</h2>",
         f"<p>The latent that best tells <i>{best.attribute} = {best.value}</i> is "
         f"<a href='dashboard/index.html#latent={best.latent}'>latent {best.latent}</a> (AUROC {best.auroc:.3f}). Its score "
-        "for a story is its maximum over the story's tokens; it was chosen on some stories and scored on others. The ceiling is the exact "
+        "for a story is its maximum over the story's tokens; it was chosen on some stories and scored on others. The "
+        "ceiling is the exact "
         "posterior given the whole story.</p>",
         _figure(scores),
         _command("steerkit eval sae runs/demo --concepts"),
