@@ -38,7 +38,7 @@ class Recipe:
     """Everything that the trained weights depend on."""
 
     seed: int = 0
-    tokens: int = 21_500_000
+    tokens: int = 25_000_000
     """Training tokens (BOS and EOS counted, padding not)."""
     batch_size: int = 32
     """Stories a step."""

@@ -62,6 +62,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             _fsync(temporary)
             _replace_directory(temporary, path)
         else:
+            os.chmod(temporary, 0o666 & ~_UMASK)  # libraries make files that only their owner can read
             _fsync(temporary)
             os.replace(temporary, path)
         _fsync(path.parent)
@@ -116,6 +117,15 @@ def jsonable(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return jsonable(value.tolist())
     return str(value)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()
 
 
 def _fsync(path: Path) -> None:
