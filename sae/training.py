@@ -42,7 +42,7 @@ from steerkit.errors import InputError, NumericsError, did_you_mean
 from steerkit.models import HookedModel
 from steerkit.runs import Run, make_provenance, peak_memory_mb, progress
 
-REVIVAL_SHARE = 0.7
+REVIVAL_SHARE = 0.8
 """The share of a run after which dead latents are no longer made anew: the rest is for learning."""
 
 
@@ -65,7 +65,7 @@ class TrainConfig:
     clip: float = 10.0
     """Greatest norm of the gradient, as a multiple of its running mean."""
     dead_after: int | None = None
-    """A latent that has been silent for so many tokens counts as dead in training; by default a tenth of the run, at most 10 M."""
+    """A latent that has been silent for so many tokens counts as dead in training; by default a twentieth of the run, at most 10 M."""
     dtype: str = "float32"
     """What the products are computed in: float32, or bfloat16 with float32 weights and sums."""
     block_tokens: int = 65_536
@@ -96,7 +96,7 @@ class TrainConfig:
                 f"{tokens} tokens are less than one batch of {batch_size}: give more, or a smaller batch_size."
             )
         lr = self.lr or min(0.01, 5e-3 * (1000 * batch_size / tokens) ** 0.5)
-        dead_after = self.dead_after or min(10_000_000, tokens // 10)
+        dead_after = self.dead_after or min(10_000_000, tokens // 20)
         return replace(self, batch_size=batch_size, lr=lr, dead_after=dead_after)
 
     def with_(self, settings: Mapping[str, Any]) -> TrainConfig:
