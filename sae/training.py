@@ -65,7 +65,7 @@ class TrainConfig:
     clip: float = 10.0
     """Greatest norm of the gradient, as a multiple of its running mean."""
     dead_after: int | None = None
-    """A latent that has been silent for so many tokens counts as dead in training; by default a twentieth of the run, at most 10 M."""
+    """A latent that has been silent for so many tokens counts as dead; by default a twentieth of the run, at most 10 M."""
     dtype: str = "float32"
     """What the products are computed in: float32, or bfloat16 with float32 weights and sums."""
     block_tokens: int = 65_536

@@ -24,7 +24,16 @@ def test_the_script_of_the_readme_runs(tmp_path):
     assert model.generate("Tom was", max_new_tokens=20, do_sample=False) == plain
 
     arch = sae.Gated(d_sae=128, target_l0=8.0)
-    run = sae.train(model, "storyworld", site=site, arch=arch, tokens=30_000, out=tmp_path / "g", held_out_tokens=4_000, quiet=True)
+    run = sae.train(
+        model,
+        "storyworld",
+        site=site,
+        arch=arch,
+        tokens=30_000,
+        out=tmp_path / "g",
+        held_out_tokens=4_000,
+        quiet=True,
+    )
     latents = run.sae.encode(acts[site])
     assert latents.shape == (n_tokens, 128)
     assert (latents >= 0).all()

@@ -53,8 +53,8 @@ def demo(
     say(f"1/4  Training a TopK SAE of {D_SAE:,} latents at {SITE}.", quiet=quiet)
     arch = sae.TopK(d_sae=D_SAE, k=K)
     tokens = QUICK_TOKENS if quick else TOKENS
-    settings = {"seed": seed or 0, "held_out_tokens": HELD_OUT_TOKENS}
-    run = sae.train(model, "storyworld", SITE, arch, tokens, out / "run", quiet=quiet, **settings)
+    config = sae.TrainConfig(seed=seed or 0, held_out_tokens=HELD_OUT_TOKENS)
+    run = sae.train(model, "storyworld", SITE, arch, tokens, out / "run", config=config, quiet=quiet)
     say(f"     {summary_line(run.summary)}", quiet=quiet)
 
     say("2/4  What it has to beat.", quiet=quiet)

@@ -19,7 +19,16 @@ from steerkit import storyworld
 from steerkit.cli.main import app
 
 SITE = "blocks.1.hook_resid_post"
-SMALL = ["--site", SITE, "--d-sae", "64", "--set", "training.batch_size=256", "--set", "training.block_tokens=4096"]
+SMALL = [
+    "--site",
+    SITE,
+    "--d-sae",
+    "64",
+    "--set",
+    "training.batch_size=256",
+    "--set",
+    "training.block_tokens=4096",
+]
 SUMMARY = {
     "arch", "d_in", "d_sae", "tokens", "l0", "fvu", "ce_clean", "ce_sae", "ce_zero", "ce_recovered", "delta_ce", "kl",
     "dead_fraction", "tokens_per_second", "peak_memory_mb", "seconds",
@@ -54,7 +63,21 @@ def stories(tmp_path_factory):
 def run(stories, tmp_path_factory):
     """A finished run of the smallest kind, and its summary."""
     out = tmp_path_factory.mktemp("runs") / "topk"
-    command = ["train", "sae", "--data", stories, *SMALL, "--arch", "topk", "--k", "4", "--tokens", "8192", "--out", out]
+    command = [
+        "train",
+        "sae",
+        "--data",
+        stories,
+        *SMALL,
+        "--arch",
+        "topk",
+        "--k",
+        "4",
+        "--tokens",
+        "8192",
+        "--out",
+        out,
+    ]
     summary, _ = steerkit(*command, "--json", "--quiet")
     return out, summary, command
 
@@ -97,12 +120,26 @@ def test_evaluation_conversion_and_dashboard_of_a_run(run, tmp_path):
     for to in ("sparsify", "dictionary_learning", "saelens"):
         made, _ = steerkit("convert", "sae", out, "--to", to, "--out", tmp_path / to, "--json")
         assert made["arch"] == "topk"
-    page, _ = steerkit("dashboard", out, "--out", tmp_path / "dash", "--tokens", "3000", "--latents", "top:8", "--json")
+    page, _ = steerkit(
+        "dashboard", out, "--out", tmp_path / "dash", "--tokens", "3000", "--latents", "top:8", "--json"
+    )
     assert Path(page["page"]).is_file()
 
 
 def test_a_dry_run_writes_nothing(stories, tmp_path):
-    command = ["train", "sae", "--data", stories, *SMALL, "--arch", "gated", "--tokens", "8192", "--dry-run", "--json"]
+    command = [
+        "train",
+        "sae",
+        "--data",
+        stories,
+        *SMALL,
+        "--arch",
+        "gated",
+        "--tokens",
+        "8192",
+        "--dry-run",
+        "--json",
+    ]
     plan, _ = steerkit(*command, "--out", tmp_path / "run")
     assert plan["d_sae"] == 64
     assert plan["parameters"] == 2 * 64 * 128 + 128 + 3 * 64
@@ -112,7 +149,17 @@ def test_a_dry_run_writes_nothing(stories, tmp_path):
 
 def test_training_from_a_cache(stories, tmp_path):
     made, _ = steerkit(
-        "cache", "--data", stories, "--site", SITE, "--tokens", "6000", "--out", tmp_path / "acts", "--quiet", "--json"
+        "cache",
+        "--data",
+        stories,
+        "--site",
+        SITE,
+        "--tokens",
+        "6000",
+        "--out",
+        tmp_path / "acts",
+        "--quiet",
+        "--json",
     )
     assert made["tokens"] == 6000
     summary, _ = steerkit(
@@ -170,13 +217,36 @@ def test_bad_input_is_one_clear_line(change, message, stories, tmp_path):
 @pytest.mark.parametrize("text", ["", "\n\n", "one\n"], ids=["empty", "blank", "one document"])
 def test_too_little_text_is_refused(text, tmp_path):
     (tmp_path / "t.txt").write_text(text)
-    command = ["train", "sae", *SMALL, "--arch", "topk", "--tokens", "4096", "--out", tmp_path / "run", "--quiet"]
+    command = [
+        "train",
+        "sae",
+        *SMALL,
+        "--arch",
+        "topk",
+        "--tokens",
+        "4096",
+        "--out",
+        tmp_path / "run",
+        "--quiet",
+    ]
     assert "t.txt" in refused(*command, "--data", tmp_path / "t.txt")
 
 
 def test_one_token_documents_train(tmp_path):
     (tmp_path / "t.txt").write_text("\n".join(["Tom", "Anna", "fox"] * 200))
-    command = ["train", "sae", *SMALL, "--arch", "topk", "--k", "2", "--tokens", "2048", "--out", tmp_path / "run"]
+    command = [
+        "train",
+        "sae",
+        *SMALL,
+        "--arch",
+        "topk",
+        "--k",
+        "2",
+        "--tokens",
+        "2048",
+        "--out",
+        tmp_path / "run",
+    ]
     summary, _ = steerkit(*command, "--data", tmp_path / "t.txt", "--quiet", "--json")
     assert summary["fvu"] < 1
 
@@ -190,10 +260,15 @@ def test_a_directory_with_another_run_is_refused(run, stories):
 
 
 def start(command, out):
-    arguments = [str(a) for a in (*command, "--out", out, "--checkpoint-seconds", "0.1", "--resume", "--quiet")]
+    arguments = [
+        str(a) for a in (*command, "--out", out, "--checkpoint-seconds", "0.1", "--resume", "--quiet")
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "steerkit.cli.main", *arguments], stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-m", "steerkit.cli.main", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
 
 
@@ -208,7 +283,19 @@ def checkpoints(out):
 
 
 def test_killed_and_interrupted_runs_end_bit_identical(stories, tmp_path):
-    command = ["train", "sae", "--data", stories, *SMALL, "--arch", "gated", "--target-l0", "4", "--tokens", "65536"]
+    command = [
+        "train",
+        "sae",
+        "--data",
+        stories,
+        *SMALL,
+        "--arch",
+        "gated",
+        "--target-l0",
+        "4",
+        "--tokens",
+        "65536",
+    ]
     assert start(command, tmp_path / "whole").wait() == 0
     chance = random.Random(time.time_ns())
     for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
@@ -224,7 +311,10 @@ def test_killed_and_interrupted_runs_end_bit_identical(stories, tmp_path):
     whole, cut = (load_file(tmp_path / name / "sae_weights.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == cut.keys()
     assert all((whole[name] == cut[name]).all() for name in whole)
-    steps = [[json.loads(line)["step"] for line in (tmp_path / n / "metrics.jsonl").open()] for n in ("whole", "cut")]
+    steps = [
+        [json.loads(line)["step"] for line in (tmp_path / n / "metrics.jsonl").open()]
+        for n in ("whole", "cut")
+    ]
     assert steps[0] == steps[1]
 
 
@@ -249,7 +339,19 @@ def test_nan_weights_are_named_with_their_site(stories, tmp_path):
     vocabulary = json.loads((broken / "tokenizer.json").read_text())["model"]["vocab"]
     weights["model.embed_tokens.weight"][vocabulary[" red"]] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    command = ["train", "sae", "--model", broken, "--data", stories, *SMALL, "--arch", "topk", "--tokens", "4096"]
+    command = [
+        "train",
+        "sae",
+        "--model",
+        broken,
+        "--data",
+        stories,
+        *SMALL,
+        "--arch",
+        "topk",
+        "--tokens",
+        "4096",
+    ]
     _, error = steerkit(*command, "--out", tmp_path / "run", "--quiet", status=1)
     assert "NaN" in error
     assert SITE in error
