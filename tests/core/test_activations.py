@@ -269,7 +269,8 @@ def test_no_thread_and_no_hook_is_left(model, documents):
 def test_ctrl_c_ends_a_program_that_waits_for_its_next_block():
     """The main thread can be interrupted while it waits, and the thread at work ends with it."""
     script = (
-        "import threading; from steerkit.activations import _Ahead; never = threading.Event(); "
+        "import signal, threading; from steerkit.activations import _Ahead; never = threading.Event(); "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background job inherits that it is ignored
         "ahead = _Ahead(lambda cancelled: [never.wait(0.01) for _ in iter(cancelled, True)]); "
         "print('waiting', flush=True); ahead.result()"
     )
