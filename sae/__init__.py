@@ -10,7 +10,7 @@ Architectures are in `sae.architectures`, one file each.
 from sae.architectures import L1, REGISTRY, SAE, Config, Gated, SqrtL1, TopK, get
 from sae.concepts import ConceptScores, concept_scores
 from sae.evaluation import Evaluation, NullTable, evaluate, evaluate_nulls, random_sae
-from sae.formats import convert, load, save
+from sae.formats import convert, load, push_to_hub
 from sae.pruning import PruneCurve, keep_top, prune, prune_curve
 from sae.random_model import train_on_random_model
 from sae.training import SAERun, TrainConfig, fit, train
@@ -39,8 +39,8 @@ __all__ = [
     "load",
     "prune",
     "prune_curve",
+    "push_to_hub",
     "random_sae",
-    "save",
     "train",
     "train_on_random_model",
 ]
