@@ -3,6 +3,7 @@
     run = sae.train(model, "storyworld", site="blocks.2.hook_resid_post", arch=sae.Gated(d_sae=1024), tokens=2_000_000, out="g")
     latents = run.sae.encode(acts)
     same = sae.load("g")
+    run = sae.open_run("saelens:gpt2-small-res-jb/blocks.7.hook_resid_pre", data="corpus.txt")
 
 Architectures are in `sae.architectures`, one file each.
 """
@@ -11,6 +12,7 @@ from sae.architectures import L1, REGISTRY, SAE, Config, Gated, SqrtL1, TopK, ge
 from sae.concepts import ConceptScores, concept_scores
 from sae.evaluation import Evaluation, NullTable, evaluate, evaluate_nulls, random_sae
 from sae.formats import convert, load, push_to_hub
+from sae.pretrained import open_run
 from sae.pruning import PruneCurve, keep_top, prune, prune_curve
 from sae.random_model import train_on_random_model
 from sae.training import SAERun, TrainConfig, fit, train
@@ -37,6 +39,7 @@ __all__ = [
     "get",
     "keep_top",
     "load",
+    "open_run",
     "prune",
     "prune_curve",
     "push_to_hub",

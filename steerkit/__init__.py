@@ -1,11 +1,9 @@
 """steerkit: see inside a language model, and change what it does.
 
-from steerkit import HookedModel
-import sae
+    model = HookedModel.from_pretrained("storyworld")
+    acts = model.activations(["The fox sleeps."], sites=["blocks.2.hook_resid_post"])
 
-model = HookedModel.from_pretrained("storyworld")
-site = "blocks.2.hook_resid_post"
-run = sae.train(model, "storyworld", site=site, arch=sae.Gated(d_sae=1024), tokens=2_000_000, out="runs/g")
+The packages `sae` and `probes` work on such activations.
 """
 
 from __future__ import annotations

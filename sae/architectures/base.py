@@ -14,7 +14,7 @@ test holds the two equal for every architecture. Activations are in training uni
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,10 +55,6 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}
-
-    def with_(self, **changes: Any) -> Config:
-        """A copy with other values."""
-        return replace(self, **changes)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 `build(model, sae, documents, "blocks.2.hook_resid_post", "dash/")` writes them; see `sae.dashboard.build`.
 """
 
-from sae.dashboard.build import build
+from sae.dashboard.pages import build
 from sae.dashboard.pieces import readable_tokens
 
 __all__ = ["build", "readable_tokens"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.architectures.base import SAE
-from sae.dashboard.build import build
+from sae.dashboard.pages import build
 from sae.latents import LatentStats
 from steerkit.data import Documents
 from steerkit.models import HookedModel

@@ -9,7 +9,23 @@ from typing import Annotated
 import typer
 
 from steerkit.activation_cache import cache as write_cache
-from steerkit.cli.common import Config, Device, Dtype, Json, Quiet, Seed, Set, emit, load_model, say
+from steerkit.cli.common import (
+    Config,
+    Context,
+    Data,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Packing,
+    Quiet,
+    Seed,
+    Set,
+    TextColumn,
+    emit,
+    load_model,
+    say,
+)
 from steerkit.cli.settings import build, merge
 from steerkit.data import load_documents
 from steerkit.tokens import Tokenization
@@ -34,25 +50,17 @@ class Cache:
 
 
 def cache(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="`storyworld`, a Hugging Face id or directory.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", "-d", help="`storyworld`, a data set id, or a file.")
-    ] = None,
+    model: Model = None,
+    data: Data = None,
     site: Annotated[
         list[str] | None, typer.Option("--site", "-s", help="A hook site; may be repeated.")
     ] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", "-n", help="How many tokens to keep.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory of the cache.")] = None,
     store: Annotated[str | None, typer.Option("--store", help="float32, bfloat16, float16 or int8.")] = None,
-    context: Annotated[
-        int | None, typer.Option("--context", help="Tokens a row, special ones included.")
-    ] = None,
-    packing: Annotated[
-        bool | None, typer.Option("--packing/--rows", help="Documents end to end, or one a row.")
-    ] = None,
-    text_column: Annotated[str | None, typer.Option("--text-column", help="Column of the text.")] = None,
+    context: Context = None,
+    packing: Packing = None,
+    text_column: TextColumn = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a cache that was cut short.")] = False,
     config: Config = None,
     set_: Set = None,

@@ -16,17 +16,20 @@ from steerkit.errors import InputError, SteerkitError
 from steerkit.runs import interruptible, jsonable
 
 Model = Annotated[
-    str,
-    typer.Option("--model", "-m", help="`storyworld` (built in), a Hugging Face id, or a local directory."),
-]
-Data = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--data",
-        "-d",
-        help="`storyworld`, a Hugging Face dataset id, a cache, or a .txt/.jsonl/.csv/.tsv/.parquet file.",
+        "--model", "-m", help="`storyworld` (the default), a Hugging Face id, or a local directory."
     ),
 ]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data", "-d", help="`storyworld` (the default), a data set id, a cache, or a text or table file."
+    ),
+]
+Context = Annotated[int | None, typer.Option("--context", help="Tokens a row, special ones included.")]
+Packing = Annotated[bool | None, typer.Option("--packing/--rows", help="Documents end to end, or one a row.")]
+TextColumn = Annotated[str | None, typer.Option("--text-column", help="Column of the text.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; the best there is by default.")

@@ -12,7 +12,7 @@ from sae.concepts import concept_scores
 from sae.evaluation import evaluate, evaluate_nulls
 from sae.random_model import train_on_random_model
 from sae.training import SAERun
-from steerkit.cli.common import Device, Json, Quiet, emit, load_model, say
+from steerkit.cli.common import Device, Json, Quiet, TextColumn, emit, load_model, say
 from steerkit.data import load_documents
 from steerkit.errors import InputError
 from steerkit.runs import write_json
@@ -25,9 +25,7 @@ def eval_sae(
         str | None, typer.Option("--data", "-d", help="Other text; the run's own held-out text by default.")
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", help="Tokens to measure on.")] = 200_000,
-    text_column: Annotated[
-        str | None, typer.Option("--text-column", help="Column of the text in --data.")
-    ] = None,
+    text_column: TextColumn = None,
     nulls: Annotated[
         bool, typer.Option("--nulls", help="Beside it a random SAE of the same sparsity, and ablations.")
     ] = False,

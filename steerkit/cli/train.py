@@ -13,12 +13,17 @@ from sae.plan import plan
 from steerkit.activation_cache import is_cache
 from steerkit.cli.common import (
     Config,
+    Context,
+    Data,
     Device,
     Dtype,
     Json,
+    Model,
+    Packing,
     Quiet,
     Seed,
     Set,
+    TextColumn,
     emit,
     load_model,
     say,
@@ -51,13 +56,8 @@ class TrainSAE:
 
 
 def train_sae(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="`storyworld`, a Hugging Face id or directory.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", "-d", help="`storyworld`, a data set id, a cache, or a text or table file."),
-    ] = None,
+    model: Model = None,
+    data: Data = None,
     site: Annotated[
         str | None, typer.Option("--site", "-s", help="Hook site (`steerkit inspect MODEL` lists them).")
     ] = None,
@@ -73,13 +73,9 @@ def train_sae(
     ] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", "-n", help="Tokens to train on.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory of the run.")] = None,
-    context: Annotated[
-        int | None, typer.Option("--context", help="Tokens a row, special ones included.")
-    ] = None,
-    packing: Annotated[
-        bool | None, typer.Option("--packing/--rows", help="Documents end to end, or one a row.")
-    ] = None,
-    text_column: Annotated[str | None, typer.Option("--text-column", help="Column of the text.")] = None,
+    context: Context = None,
+    packing: Packing = None,
+    text_column: TextColumn = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an unfinished run; start if there is none.")
     ] = False,

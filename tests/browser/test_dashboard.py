@@ -330,7 +330,7 @@ def test_bad_choices_of_latents(make, tmp_path, latents):
 
 
 def test_a_single_file_that_is_too_large_is_refused(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(import_module("sae.dashboard.build"), "SINGLE_FILE_BYTES", 4_000_000)
+    monkeypatch.setattr(import_module("sae.dashboard.pages"), "SINGLE_FILE_BYTES", 4_000_000)
     with pytest.raises(InputError, match="leave out --single-file"):
         make(tmp_path / "dash", single_file=True)
     assert not (tmp_path / "dash").exists()

@@ -10,15 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 from sklearn.metrics import roc_auc_score
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae.architectures import TopK
 from sae.concepts import STORY_SEED, column_aurocs, concept_scores, latent_aurocs
 from steerkit import storyworld
 from steerkit.activations import collect
 from steerkit.errors import InputError
-from steerkit.models import HookedModel
-from steerkit.storyworld.tokenizer import build_tokenizer
 
 SITE = "blocks.1.hook_resid_post"
 D = 24
@@ -26,19 +23,8 @@ SMALL = {"tokens": 6000, "min_stories": 3}
 
 
 @pytest.fixture(scope="module")
-def model():
-    tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=D,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-        max_position_embeddings=512,
-    )
-    return HookedModel.from_pretrained(LlamaForCausalLM(config).eval(), tokenizer=tokenizer)
+def model(tiny_llama):
+    return tiny_llama()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel
 
 from sae.architectures import L1, Gated, SqrtL1, TopK
 from sae.evaluation import evaluate, evaluate_all, evaluate_nulls, random_sae
@@ -21,19 +21,8 @@ D = 24
 
 
 @pytest.fixture(scope="module")
-def model():
-    tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=D,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        initializer_range=0.3,
-        max_position_embeddings=256,
-    )
-    return HookedModel.from_pretrained(LlamaForCausalLM(config).eval(), tokenizer=tokenizer)
+def model(tiny_llama):
+    return tiny_llama(n_layers=3, context=256)
 
 
 @pytest.fixture(scope="module")

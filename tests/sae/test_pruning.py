@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae.architectures import L1, Gated, SqrtL1, TopK
 from sae.evaluation import evaluate
@@ -12,8 +11,6 @@ from sae.formats import load
 from sae.pruning import keep_top, prune, prune_curve
 from steerkit import storyworld
 from steerkit.errors import InputError
-from steerkit.models import HookedModel
-from steerkit.storyworld.tokenizer import build_tokenizer
 
 D = 16
 SITE = "blocks.0.hook_resid_post"
@@ -119,19 +116,8 @@ def test_a_pruned_sae_keeps_its_strongest_too(sae, acts):
 
 
 @pytest.fixture(scope="module")
-def model():
-    tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=D,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-        max_position_embeddings=256,
-    )
-    return HookedModel.from_pretrained(LlamaForCausalLM(config).eval(), tokenizer=tokenizer)
+def model(tiny_llama):
+    return tiny_llama(width=D, d_mlp=32, context=256)
 
 
 def test_the_curve_of_an_sae(model, tmp_path):
