@@ -1,4 +1,4 @@
-"""`steerkit convert sae`: between SAELens's, dictionary_learning's and sparsify's files and ours."""
+"""`steerkit convert sae`: from any SAE that can be read to the files of SAELens, dictionary_learning and sparsify, and ours."""
 
 from __future__ import annotations
 
@@ -12,14 +12,24 @@ from steerkit.cli.common import Json, Quiet, emit, say
 
 def convert_sae(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="A run, or a directory in any of the formats.")
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A run, a directory in any format, hf://user/repo/folder, or saelens:release/id.",
+        ),
     ],
-    to: Annotated[str, typer.Option("--to", help="saelens, dictionary_learning, sparsify or steerkit.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="saelens, dictionary_learning, sparsify, steerkit, or jumprelu: SAELens's files, a gated SAE as JumpReLU.",
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write.")],
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write an SAE in another toolkit's format. The function it computes stays the same."""
+    """Write an SAE in another toolkit's format. What was written is read back: it computes the same function."""
     from sae import formats
 
     found = formats.format_of(source)
@@ -27,6 +37,6 @@ def convert_sae(
     say(f"{source} ({found}, {made.arch}, {made.d_in} -> {made.d_sae:,}) is now {out} ({to}).", quiet=quiet)
     files = sorted(path.name for path in out.iterdir())
     emit(
-        {"source": str(source), "from": found, "to": to, "out": str(out), "arch": made.arch, "files": files},
+        {"source": source, "from": found, "to": to, "out": str(out), "arch": made.arch, "files": files},
         as_json=json,
     )

@@ -1,16 +1,15 @@
-"""`steerkit dashboard RUN`: the pages of a run's latents."""
+"""`steerkit dashboard RUN`: the pages of the latents of a run, or of any SAE that can be read."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sae.concepts import ConceptScores, concept_scores
-from sae.training import SAERun
-from steerkit.cli.common import Device, Json, Quiet, emit, load_model, say
+from sae.pretrained import attach, open_run
+from steerkit.cli.common import Device, Json, Quiet, TextColumn, emit, load_model, say
 from steerkit.errors import InputError
 
 _TELLING = 0.8
@@ -18,7 +17,19 @@ _TELLING = 0.8
 
 
 def dashboard(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run of `steerkit train sae`.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="A run of `steerkit train sae`; or a directory of another toolkit, hf://user/repo/folder, saelens:release/id.",
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The model, if RUN does not say it, or another one.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="The text, likewise.")] = None,
+    site: Annotated[str | None, typer.Option("--site", "-s", help="The site, likewise.")] = None,
+    text_column: TextColumn = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Directory; RUN/dashboard by default.")
     ] = None,
@@ -36,25 +47,27 @@ def dashboard(
     quiet: Quiet = False,
 ) -> None:
     """Draw a page for each latent: static, offline, opened from disk."""
-    found = SAERun.load(run)
-    model = load_model(found.config["model"], device, found.config["dtype"])
-    found.sae.to(model.device)
+    if out is None and not Path(run).is_dir():
+        raise InputError(f"{run} is no directory to write the dashboard into: give --out, a directory.")
+    found = open_run(run, model=model, data=data, site=site, text_column=text_column)
+    hooked = load_model(found.config["model"], device, found.config["dtype"])
+    found = attach(found, hooked)
+    if "caution" in found.sae.metadata:
+        say(found.sae.metadata["caution"], quiet=quiet)
     concepts = None
     if found.config["model"] == "storyworld":
         say("Scoring the latents on StoryWorld's attributes.", quiet=quiet)
-        scores = concept_scores(model, found.sae, found.config["site"], per="story", posterior=False)
+        scores = concept_scores(hooked, found.sae, found.config["site"], per="story", posterior=False)
         concepts = best_concepts(scores)
     chosen: Any = latents
     if latents != "all" and not latents.startswith("top:"):
         if not all(part.strip().isdigit() for part in latents.split(",")):
             raise InputError(f"--latents is {latents!r}; give all, top:512, or ids such as 3,17,99.")
         chosen = [int(part) for part in latents.split(",")]
-    drawn = replace(found, model=model).dashboard(
-        latents=chosen, tokens=tokens, concepts=concepts, quiet=quiet
-    )
-    page = drawn.save(out or run / "dashboard", single_file=single_file)
+    drawn = found.dashboard(latents=chosen, tokens=tokens, concepts=concepts, quiet=quiet)
+    page = drawn.save(out or Path(run) / "dashboard", single_file=single_file)
     say(f"Open {page.resolve()}", quiet=quiet)
-    emit({"run": str(run), "page": str(page.resolve())}, as_json=json)
+    emit({"run": run, "page": str(page.resolve())}, as_json=json)
 
 
 def best_concepts(scores: ConceptScores) -> dict[int, tuple[str, float]]:
