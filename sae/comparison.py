@@ -1,0 +1,301 @@
+"""One page for several SAEs: what they cost, what they keep, what their latents tell.
+
+    comparison_page([read_json(run / "evaluation.json") for run in runs], "comparison/comparison.html")
+
+Takes what `steerkit eval sae` found of each run. A run has one colour on the whole page, an architecture one
+symbol; nothing is told by colour alone.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from steerkit.errors import InputError
+from steerkit.plots import page
+
+Result = Mapping[str, Any]
+"""The figures of one run, as in its evaluation.json."""
+
+_CURVES = (
+    (
+        "delta_ce",
+        "ΔCE, nats a token",
+        "Lower is better: what splicing in the reconstruction costs the model.",
+    ),
+    ("ce_recovered", "CE recovered", "1 is a perfect stand-in, 0 is no better than zeros."),
+    ("fvu", "FVU", "Fraction of variance unexplained; lower is better."),
+)
+_COLUMNS = (
+    ("l0", "L0"),
+    ("fvu", "FVU"),
+    ("delta_ce", "ΔCE"),
+    ("ce_recovered", "CE recovered"),
+    ("ce_recovered_mean", "against mean"),
+    ("kl", "KL"),
+    ("final_cosine", "final cosine"),
+    ("cosine", "cosine"),
+    ("dead_fraction", "dead"),
+)
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "hexagon", "cross", "triangle-down")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_GREY = "rgba(128, 128, 128, 0.55)"
+_NULL, _CEILING = "random SAE", "posterior"
+
+
+def comparison_page(results: Sequence[Result], path: str | Path, *, title: str = "SAEs compared") -> Path:
+    """Write the page. Raises InputError without results, or with one run twice."""
+    if not results:
+        raise InputError("There is nothing to compare: give at least one evaluated run.")
+    names = run_names([str(result["run"]) for result in results])
+    runs = list(zip(names, results))
+    parts: list[Any] = [_introduction(runs), "<h2>Runs</h2>", _table(runs)]
+    for key, label, caption in _CURVES:
+        if any(result.get(key) is not None for _, result in runs):
+            parts += [
+                f"<h2>{label} against L0</h2>",
+                f"<p>{caption} Bars are 95 % intervals, jackknifed over documents.</p>",
+                _curve(runs, key, label),
+            ]
+    parts += [
+        "<h2>How often latents are active</h2>",
+        "<p>Latents by the share of tokens on which they are active; silent ones are in none of the bins.</p>",
+        _densities(runs),
+    ]
+    judged = [(name, result) for name, result in runs if result.get("judgement")]
+    if judged:
+        parts += _judging(judged)
+    return page(title, parts, path)
+
+
+def run_names(paths: Sequence[str]) -> list[str]:
+    """The shortest ends of the paths that tell them apart. Raises InputError if one is there twice."""
+    split = [Path(path).resolve().parts for path in paths]
+    if len(set(split)) < len(split):
+        raise InputError("One run is given twice.")
+    for depth in range(1, max(map(len, split)) + 1):
+        names = ["/".join(parts[-depth:]) for parts in split]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("different paths differ somewhere")
+
+
+def _introduction(runs: Sequence[tuple[str, Result]]) -> str:
+    told = []
+    for key, word in (("model", "model"), ("site", "site"), ("data", "text")):
+        values = list(dict.fromkeys(str(result[key]) for _, result in runs if result.get(key) is not None))
+        if len(values) == 1:
+            told.append(f"{word} <code>{html.escape(values[0])}</code>")
+        elif values:
+            listed = ", ".join(f"<code>{html.escape(value)}</code>" for value in values)
+            told.append(f"<b>different {word}s</b> ({listed}), so that figures are not of the same thing")
+    tokens = [f"{result['tokens']:,}" for _, result in runs if result.get("tokens") is not None]
+    told.append(f"measured on {', '.join(dict.fromkeys(tokens))} held-out tokens")
+    return f"<p>{len(runs)} SAE{'s' * (len(runs) != 1)}: {'; '.join(told)}.</p>"
+
+
+def _table(runs: Sequence[tuple[str, Result]]) -> str:
+    columns = [(k, label) for k, label in _COLUMNS if any(result.get(k) is not None for _, result in runs)]
+    head = "".join(f'<th class="number">{label}</th>' for _, label in columns)
+    rows = []
+    for name, result in runs:
+        cells = "".join(
+            _cell(result.get(key), (result.get("intervals") or {}).get(key)) for key, _ in columns
+        )
+        width = result.get("d_sae")
+        rows.append(
+            f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(result.get('arch', '')))}</td>"
+            f'<td class="number">{"" if width is None else f"{width:,}"}</td>{cells}</tr>'
+        )
+    return _scrolling(
+        f'<table><tr><th>run</th><th>architecture</th><th class="number">latents</th>{head}</tr>{"".join(rows)}</table>'
+    )
+
+
+def _cell(value: float | None, interval: Mapping[str, float] | None) -> str:
+    if value is None or not math.isfinite(value):
+        return '<td class="number">–</td>'
+    shown = _short(value)
+    if interval and interval.get("low") is not None:
+        ends = f"{_short(interval['low'])} – {_short(interval['high'])}"
+        shown += f'<br><small style="color: var(--quiet); white-space: nowrap">{ends}</small>'
+    return f'<td class="number">{shown}</td>'
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 0.1 else f"{value:.4g}"
+
+
+def _scrolling(table: str) -> str:
+    return f'<div style="overflow-x: auto">{table}</div>'
+
+
+def _symbols(runs: Sequence[tuple[str, Result]]) -> dict[str, str]:
+    archs = list(dict.fromkeys(str(result.get("arch")) for _, result in runs))
+    return {arch: _SYMBOLS[i % len(_SYMBOLS)] for i, arch in enumerate(archs)}
+
+
+def _curve(runs: Sequence[tuple[str, Result]], key: str, label: str) -> Any:
+    from plotly import graph_objects as go
+
+    symbols, figure = _symbols(runs), go.Figure()
+    for name, result in runs:
+        value = result.get(key)
+        figure.add_scatter(
+            x=[result["l0"]],
+            y=[value],
+            error_x=_error(result, "l0"),
+            error_y=_error(result, key),
+            mode="markers",
+            marker={"size": 10, "symbol": symbols[str(result.get("arch"))]},
+            name=f"{name} · {result.get('arch')}",
+            hovertemplate=f"{html.escape(name)}<br>L0 %{{x:.4g}}<br>{label} %{{y:.4g}}<extra></extra>",
+        )
+    # What is one architecture is joined, in a colour that no run has; last, so that runs keep theirs.
+    for arch in symbols:
+        points = sorted(
+            (result["l0"], result[key])
+            for _, result in runs
+            if str(result.get("arch")) == arch and result.get(key) is not None
+        )
+        if len(points) > 1:
+            figure.add_scatter(
+                x=[x for x, _ in points],
+                y=[y for _, y in points],
+                mode="lines",
+                line={"color": _GREY, "width": 1},
+                hoverinfo="skip",
+                showlegend=False,
+            )
+    values = [result[key] for _, result in runs if result.get(key) is not None]
+    apart = key != "ce_recovered" and min(values) > 0 and max(values) > 10 * min(values)
+    figure.update_layout(
+        xaxis={"title": {"text": "L0, active latents a token"}},
+        yaxis={"title": {"text": label}, "type": "log" if apart else "linear"},
+        showlegend=True,
+        height=380,
+    )
+    return figure
+
+
+def _error(result: Result, key: str) -> dict[str, Any] | None:
+    interval = (result.get("intervals") or {}).get(key)
+    if not interval or result.get(key) is None or interval.get("low") is None:
+        return None
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [interval["high"] - result[key]],
+        "arrayminus": [result[key] - interval["low"]],
+        "thickness": 1,
+        "width": 3,
+    }
+
+
+def _densities(runs: Sequence[tuple[str, Result]]) -> Any:
+    from plotly import graph_objects as go
+
+    figure = go.Figure()
+    for i, (name, result) in enumerate(runs):
+        histogram = result["density_histogram"]
+        edges, counts = histogram["log10_edges"], histogram["counts"]
+        share = [count / max(sum(counts), 1) for count in counts]
+        figure.add_scatter(
+            x=edges,
+            y=[*share, share[-1]],
+            mode="lines",
+            line={"shape": "hv", "width": 2, "dash": _DASHES[i % len(_DASHES)]},
+            name=name,
+            hovertemplate=f"{html.escape(name)}<br>from 10^%{{x}}: %{{y:.1%}} of its living latents<extra></extra>",
+        )
+    figure.update_layout(
+        xaxis={"title": {"text": "log10 of the share of tokens"}},
+        yaxis={"title": {"text": "share of the living latents"}, "tickformat": ".0%"},
+        showlegend=True,
+        height=340,
+    )
+    return figure
+
+
+# judging
+
+
+def _judging(runs: Sequence[tuple[str, Result]]) -> list[Any]:
+    first = runs[0][1]["judgement"]
+    basis = list(dict.fromkeys(result["judgement"]["examples"] for _, result in runs))
+    parts: list[Any] = [
+        "<h2>Judged by labels</h2>",
+        "<p>Balanced accuracy of the best 1, 2 and 5 latents (chance 0.5); monosemanticity FMS (0.25 for latents "
+        "that know nothing); share of tokens whose concept is absorbed by a more specific latent; SCR and TPP, what "
+        "ablating ten latents does to probes (0 for nothing). Bars are 95 % intervals, clustered by document. "
+        f"{html.escape('; '.join(basis))}.</p>",
+        _dots(runs),
+    ]
+    for name, result in runs:
+        parts += [f"<h2>{html.escape(name)} beside its baselines</h2>", _judged_table(result["judgement"])]
+        notes = result["judgement"].get("notes") or []
+        if notes:
+            parts.append(f"<p>{html.escape(' '.join(notes))}</p>")
+    if len(first["concepts"]):
+        listed = ", ".join(html.escape(name) for name in first["concepts"])
+        parts.append(
+            f"<details><summary>{len(first['concepts'])} concepts</summary><p>{listed}</p></details>"
+        )
+    return parts
+
+
+def _figures(row: Mapping[str, Any]) -> list[str]:
+    return [key for key in row if key not in ("name", "size")]
+
+
+def _dots(runs: Sequence[tuple[str, Result]]) -> Any:
+    from plotly import graph_objects as go
+
+    figure = go.Figure()
+    tables = {name: {row["name"]: row for row in result["judgement"]["table"]} for name, result in runs}
+    measures = _figures(next(iter(tables[runs[0][0]].values())))
+    shown: list[tuple[str, Any, str]] = [(name, tables[name]["SAE"], "") for name, _ in runs]
+    first = runs[0][0]
+    for row, symbol in ((_NULL, "line-ew-open"), (_CEILING, "diamond-open")):
+        if row in tables[first]:
+            owner = f" of {first}" if row == _NULL and len(runs) > 1 else ""
+            shown.append((row + owner, tables[first][row], symbol))
+    for i, (name, row, symbol) in enumerate(shown):
+        found = [row.get(measure) for measure in measures]
+        marker: dict[str, Any] = {"size": 9, "symbol": symbol or _SYMBOLS[i % len(_SYMBOLS)]}
+        if symbol:
+            marker["color"] = "rgb(128, 128, 128)"
+        figure.add_scatter(
+            x=measures,
+            y=[cell and cell["estimate"] for cell in found],
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [cell["high"] - cell["estimate"] if cell else 0 for cell in found],
+                "arrayminus": [cell["estimate"] - cell["low"] if cell else 0 for cell in found],
+                "thickness": 1,
+                "width": 3,
+            },
+            mode="markers",
+            marker=marker,
+            name=name,
+            offsetgroup=str(i),
+        )
+    figure.update_layout(scattermode="group", scattergap=0.4, showlegend=True, height=400)
+    figure.update_layout(yaxis={"title": {"text": "score"}})
+    return figure
+
+
+def _judged_table(judgement: Mapping[str, Any]) -> str:
+    measures = _figures(judgement["table"][0])
+    head = "".join(f'<th class="number">{html.escape(name)}</th>' for name in measures)
+    rows = "".join(
+        f'<tr><td>{html.escape(row["name"])}</td><td class="number">{row["size"]:,}</td>'
+        + "".join(_cell(row[name] and row[name]["estimate"], row[name]) for name in measures)
+        + "</tr>"
+        for row in judgement["table"]
+    )
+    return _scrolling(f'<table><tr><th></th><th class="number">candidates</th>{head}</tr>{rows}</table>')
