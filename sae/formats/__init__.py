@@ -20,7 +20,7 @@ that holds anything but numbers: no pickled code is ever run.
 | `llama_scope` | hyperparams.json, checkpoints/final.safetensors | SAEs | – |
 | `jumprelu` | SAELens's, as ReLU latents with thresholds | – | all but TopK |
 
-A format is a file here and a line in `FORMATS`.
+A format is a file here and a line in `FORMATS`. What sae-lens lacks is registered with it when it is imported (`registration`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,16 @@ from pathlib import Path
 import torch
 
 from sae.architectures import SAE
-from sae.formats import dictionary_learning, gemma_scope, hub, jumprelu, llama_scope, saelens, sparsify
+from sae.formats import (
+    dictionary_learning,
+    gemma_scope,
+    hub,
+    jumprelu,
+    llama_scope,
+    registration,
+    saelens,
+    sparsify,
+)
 from sae.formats.base import Format, as_jumprelu
 from sae.formats.hub import push_to_hub
 from steerkit.errors import CheckpointError, InputError, SteerkitError, did_you_mean
@@ -154,6 +163,8 @@ def _read(format: Format, path: Path) -> SAE:
         reason = f"{type(error).__name__} {error}"
         raise CheckpointError(f"{path} is damaged, or not what {format.name} writes: {reason}.") from None
 
+
+registration.register_when_imported()
 
 __all__ = [
     "FORMATS",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.architectures import SAE, Config
+from sae.architectures import SAE, Config, jumprelu
 from sae.architectures.jumprelu import JumpReLU
 from steerkit.errors import CheckpointError, InputError
 from steerkit.runs import read_json
@@ -35,7 +35,7 @@ class Format:
 
 def as_jumprelu(sae: SAE) -> SAE:
     """The same SAE as ReLU latents that are cut off at thresholds. Of a TopK SAE the limit to k latents is given up."""
-    made = JumpReLU(d_sae=sae.d_sae).build(sae.d_in)
+    made = jumprelu.fixed(sae.d_sae).build(sae.d_in)
     made.load_state_dict(sae.jumprelu_weights())
     made.metadata = dict(sae.metadata) | (
         {} if isinstance(sae.config, JumpReLU) else {"trained_as": sae.config.to_dict()}

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.architectures import SAE, Config
+from sae.architectures import SAE, Config, jumprelu
 from sae.architectures.gated import Gated
-from sae.architectures.jumprelu import JumpReLU
 from sae.architectures.l1 import L1
 from sae.architectures.topk import TopK
 from sae.formats.base import (
@@ -128,7 +127,7 @@ def _arch_of(name: str, d_sae: int, stored: Mapping[str, Tensor], settings: Mapp
     if name == "AutoEncoderTopK":
         return TopK(d_sae, k=int(stored["k"]) if "k" in stored else int(settings["k"]))
     if "threshold" in _KEYS[name]:
-        return JumpReLU(d_sae)
+        return jumprelu.fixed(d_sae)
     return (Gated if name == "GatedAutoEncoder" else L1)(d_sae, target_l0=None, l1=0.0)
 
 

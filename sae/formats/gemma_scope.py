@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sae.architectures import SAE
-from sae.architectures.jumprelu import JumpReLU
+from sae.architectures import SAE, jumprelu
 from sae.formats.base import (
     Format,
     build,
@@ -62,7 +61,7 @@ def _build(stored: dict[str, Tensor], file: Path, metadata: dict[str, Any]) -> S
     capitals = {"W_" + name[2:] if name.startswith("w_") else name: tensor for name, tensor in stored.items()}
     tensors = consistent(renamed(capitals, dict(zip(_NAMES, _NAMES)), file), file)
     subtract_b_dec_in_biases(tensors)
-    sae = build(JumpReLU(tensors["W_enc"].shape[1]), tensors, file)
+    sae = build(jumprelu.fixed(tensors["W_enc"].shape[1]), tensors, file)
     sae.metadata = metadata
     return sae
 

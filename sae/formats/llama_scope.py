@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from sae.architectures import SAE, Config
+from sae.architectures import SAE, Config, jumprelu
 from sae.architectures.jumprelu import JumpReLU
 from sae.architectures.topk import TopK
 from sae.formats.base import (
@@ -80,7 +80,7 @@ def _arch(config: dict, d_sae: int, path: Path) -> Config:
     if activation in ("jumprelu", "relu") or (
         activation == "topk" and config.get("jump_relu_threshold", 0) > 0
     ):
-        return JumpReLU(d_sae)
+        return jumprelu.fixed(d_sae)
     if activation == "topk":
         return TopK(d_sae, k=int(config["top_k"]))
     raise refuse(path, f"SAEs with the activation function {activation!r} cannot be read.")

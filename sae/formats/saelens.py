@@ -14,9 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sae.architectures import REGISTRY, SAE, Config, get
+from sae.architectures import REGISTRY, SAE, Config, get, jumprelu
 from sae.architectures.gated import Gated
-from sae.architectures.jumprelu import JumpReLU
 from sae.architectures.l1 import L1
 from sae.architectures.topk import TopK
 from sae.formats.base import (
@@ -148,16 +147,17 @@ def _arch_of(config: Mapping[str, Any], own: Mapping[str, Any], where: Path) -> 
     settings = dict(own.get("arch") or {})
     known = settings.pop("name", None)
     if architecture == "topk":
-        settings = {**settings, "k": int(config["k"])} if known == "topk" else {"k": int(config["k"])}
-        return TopK(**{**settings, "d_sae": d_sae})
+        settings["k"] = int(config["k"])
     if known in REGISTRY and get(known).saelens_architecture == architecture:
         return get(known)(**{**settings, "d_sae": d_sae})
+    if architecture == "topk":
+        return TopK(d_sae, k=settings["k"])
     if architecture == "standard":
         return L1(d_sae, target_l0=None, l1=0.0)
     if architecture == "gated":
         return Gated(d_sae, target_l0=None, l1=0.0)
     if architecture == "jumprelu":
-        return JumpReLU(d_sae)
+        return jumprelu.fixed(d_sae)
     raise refuse(
         where,
         f"SAEs of the architecture {architecture!r} cannot be read; standard, gated, topk and jumprelu can.",
