@@ -8,7 +8,21 @@
 Architectures are in `sae.architectures`, one file each.
 """
 
-from sae.architectures import L1, REGISTRY, SAE, Config, Gated, SqrtL1, TopK, get
+from sae.architectures import (
+    L1,
+    REGISTRY,
+    SAE,
+    BatchTopK,
+    Config,
+    Gated,
+    HierarchicalTopK,
+    JumpReLU,
+    Matryoshka,
+    PAnneal,
+    SqrtL1,
+    TopK,
+    get,
+)
 from sae.concepts import ConceptScores, concept_scores
 from sae.evaluation import Evaluation, NullTable, evaluate, evaluate_nulls, random_sae
 from sae.formats import convert, load, push_to_hub
@@ -21,11 +35,16 @@ __all__ = [
     "L1",
     "REGISTRY",
     "SAE",
+    "BatchTopK",
     "ConceptScores",
     "Config",
     "Evaluation",
     "Gated",
+    "HierarchicalTopK",
+    "JumpReLU",
+    "Matryoshka",
     "NullTable",
+    "PAnneal",
     "PruneCurve",
     "SAERun",
     "SqrtL1",

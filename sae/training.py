@@ -29,10 +29,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae import formats
-from sae.architectures import SAE, Config, Sparsity
+from sae.architectures import SAE, Config, Sparsity, Terms
 from sae.checkpoint import Checkpoints
 from sae.dashboard.value import Dashboard
 from sae.evaluation import Evaluation, evaluate
+from sae.kernels import is_fast
 from sae.latents import collect_latents
 from sae.schedule import TargetL0, learning_rate_factor
 from steerkit.activation_cache import ActivationCache, is_cache
@@ -42,6 +43,8 @@ from steerkit.errors import InputError, NumericsError, did_you_mean
 from steerkit.models import HookedModel
 from steerkit.runs import Run, make_provenance, peak_memory_mb, progress
 
+SPARSE_DENSITY = 1 / 32
+"""Share of the latents that may be active for products to go over them one by one (measured: `scripts/bench_sae.py`)."""
 REVIVAL_SHARE = 0.8
 """The share of a run after which dead latents are no longer made anew: the rest is for learning."""
 
@@ -417,12 +420,14 @@ class Trainer:
         self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=self.lr, betas=config.betas, fused=True)
         self.silent = torch.zeros(arch.d_sae, dtype=torch.int64, device=device)
         self.controller: TargetL0 | None = None
-        if isinstance(arch, Sparsity) and arch.l1 is None and arch.target_l0 is not None:
+        if isinstance(arch, Sparsity) and arch.steers and arch.target_l0 is not None:
             self.controller = TargetL0(
                 arch.target_l0, self.n_steps, log_coefficient=math.log(arch.first_coefficient(self.sae.d_in))
             )
         self.steps = 0
         self.gradient_norm = 0.0
+        self.l0 = float(arch.d_sae)
+        """Running mean of the number of active latents a token."""
         self.sums: dict[str, float] = {}
 
     @property
@@ -435,8 +440,8 @@ class Trainer:
         """The sparsity penalty's weight at the next step."""
         if self.controller is not None:
             return self.controller.coefficient
-        fixed = self.arch.l1 if isinstance(self.arch, Sparsity) else None
-        return (fixed or 0.0) * min(1.0, (self.steps + 1) / max(1.0, self.config.warmup * self.n_steps))
+        fixed = self.arch.fixed_coefficient if isinstance(self.arch, Sparsity) else 0.0
+        return fixed * min(1.0, (self.steps + 1) / max(1.0, self.config.warmup * self.n_steps))
 
     def step(self, batch: Float[Tensor, "n d_in"]) -> None:
         """Learn from one batch. Raises NumericsError, before anything has changed, if it makes loss or gradient NaN or infinite."""
@@ -447,9 +452,15 @@ class Trainer:
         elif self.sae.uses_penalty:
             self._revive(x)
         coefficient = self.coefficient
-        outcome = self.sae.gradients(
-            x, coefficient, self.silent > self.dead_after, getattr(torch, self.config.dtype)
+        terms = Terms(
+            coefficient=coefficient,
+            dead=self.silent > self.dead_after,
+            progress=self.steps / self.n_steps,
+            dtype=getattr(torch, self.config.dtype),
+            sparse=self.l0 < SPARSE_DENSITY * self.arch.d_sae
+            and is_fast(self.device, getattr(torch, self.config.dtype)),
         )
+        outcome = self.sae.gradients(x, terms)
         self.sae.remove_parallel_gradient()
         loss, norm = float(outcome.loss), self._clip()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -461,9 +472,10 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr * factor
         self.optimiser.step()
-        self.sae.normalise_decoder()
+        self.sae.constrain()
         self.silent.add_(len(x)).masked_fill_(outcome.counts > 0, 0)
         l0 = float(outcome.l0)
+        self.l0 = 0.8 * self.l0 + 0.2 * l0 if self.steps else l0
         if self.controller is not None:
             self.controller.update(l0)
         self.steps += 1
@@ -531,6 +543,7 @@ class Trainer:
         """The SAE for raw activations, a copy."""
         sae = self.arch.build(self.sae.d_in).to(self.device)
         sae.load_state_dict(self.sae.state_dict())
+        sae.finish()
         sae.fold_scale(self.scale)
         return sae.eval().requires_grad_(False)
 
@@ -547,6 +560,7 @@ class Trainer:
             "steps": self.steps,
             "scale": self.scale,
             "gradient_norm": self.gradient_norm,
+            "l0": self.l0,
             "sums": self.sums,
             "controller": self.controller.state_dict() if self.controller is not None else None,
         }
@@ -564,7 +578,7 @@ class Trainer:
         self.silent.copy_(tensors["silent"])
         self.mean = tensors["mean"].to(self.device)
         self.steps, self.scale = state["steps"], state["scale"]
-        self.gradient_norm, self.sums = state["gradient_norm"], dict(state["sums"])
+        self.gradient_norm, self.l0, self.sums = state["gradient_norm"], state["l0"], dict(state["sums"])
         if self.controller is not None:
             self.controller.load_state_dict(state["controller"])
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from sae.architectures.base import SAE, Config, Sparsity, Step
+from sae.architectures.base import SAE, Config, Sparsity, Step, Terms
+from sae.architectures.batch_topk import BatchTopK
 from sae.architectures.gated import Gated
+from sae.architectures.hierarchical_topk import HierarchicalTopK
+from sae.architectures.jumprelu import JumpReLU
 from sae.architectures.l1 import L1
+from sae.architectures.matryoshka import Matryoshka
+from sae.architectures.p_anneal import PAnneal
 from sae.architectures.sqrt_l1 import SqrtL1
 from sae.architectures.topk import TopK
 from steerkit.errors import InputError, did_you_mean
 
-REGISTRY: dict[str, type[Config]] = {config.name: config for config in (L1, SqrtL1, Gated, TopK)}
+REGISTRY: dict[str, type[Config]] = {
+    config.name: config
+    for config in (L1, SqrtL1, Gated, TopK, BatchTopK, JumpReLU, Matryoshka, HierarchicalTopK, PAnneal)
+}
 
 
 def get(name: str) -> type[Config]:
@@ -20,4 +28,21 @@ def get(name: str) -> type[Config]:
     return REGISTRY[name]
 
 
-__all__ = ["L1", "REGISTRY", "SAE", "Config", "Gated", "Sparsity", "SqrtL1", "Step", "TopK", "get"]
+__all__ = [
+    "L1",
+    "REGISTRY",
+    "SAE",
+    "BatchTopK",
+    "Config",
+    "Gated",
+    "HierarchicalTopK",
+    "JumpReLU",
+    "Matryoshka",
+    "PAnneal",
+    "Sparsity",
+    "SqrtL1",
+    "Step",
+    "Terms",
+    "TopK",
+    "get",
+]

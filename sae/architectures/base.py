@@ -3,12 +3,11 @@
 An architecture is a file: a frozen `Config` and an `SAE` subclass with
 
     encode(x)                          latents f(x) >= 0, (…, d_sae)
-    loss(x, coefficient, dead)         the objective, plainly, for autograd: the definition
-    gradients(x, coefficient, dead)    the same objective with its gradients worked out by hand: what training runs
-                                       (products in a lower `dtype` if asked, sums and errors in that of x)
+    loss(x, terms)                     the objective, plainly, for autograd: the definition
+    gradients(x, terms)                the same objective with its gradients worked out by hand: what training runs
 
-where `coefficient` is the weight of the sparsity term (if there is one) and `dead` marks latents that have been silent for long. A
-test holds the two equal for every architecture. Activations are in training units: unit mean square per coordinate.
+where `terms` says what the objective depends on beside the activations. A test holds the two equal for every architecture, in every
+way to compute it. Activations are in training units: unit mean square per coordinate.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae import saelens
+from sae.kernels import Pattern, make_pattern
 from steerkit.errors import InputError
 
 _CACHED = 1 << 21
@@ -80,9 +80,35 @@ class Sparsity(Config):
         return 0.1 * d_in**0.5
 
     @property
+    def steers(self) -> bool:
+        """Whether a controller sets the coefficient."""
+        return self.l1 is None
+
+    @property
+    def fixed_coefficient(self) -> float:
+        """The coefficient where no controller sets it."""
+        return self.l1 or 0.0
+
+    @property
     def initial_density(self) -> float:
         """Share of the latents that are active on a token before training: twice what is aimed at."""
         return min(0.5, 2 * (self.target_l0 or 16.0) / self.d_sae)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a step's objective depends on beside the activations, and how to compute it."""
+
+    coefficient: float = 0.0
+    """Weight of the sparsity term, if there is one."""
+    dead: Bool[Tensor, " d_sae"] | None = None
+    """Latents that have been silent for long; None: none."""
+    progress: float = 0.0
+    """Share of the run that is done."""
+    dtype: torch.dtype | None = None
+    """What products are computed in, sums and errors in that of the activations; None: that of the activations."""
+    sparse: bool = False
+    """Whether latents are so few that products go over them one by one: the same result, sooner."""
 
 
 @dataclass
@@ -167,19 +193,34 @@ class SAE(nn.Module):
         """The reconstruction of `x`."""
         return self.decode(self.encode(x))
 
-    def loss(self, x: Float[Tensor, "n d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]) -> Tensor:
+    def loss(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Tensor:
         """The objective, mean over tokens, for autograd."""
         raise NotImplementedError
 
-    def gradients(
-        self,
-        x: Float[Tensor, "n d_in"],
-        coefficient: float,
-        dead: Bool[Tensor, " d_sae"],
-        dtype: torch.dtype | None = None,
-    ) -> Step:
-        """The objective's gradients, written into `.grad` of the parameters. Products are computed in `dtype`, by default x's."""
+    def gradients(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Step:
+        """The objective's gradients, written into `.grad` of the parameters."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def select(
+        self,
+        inputs: Float[Tensor, "n d_in"],
+        bias: Float[Tensor, " d_sae"],
+        above: Float[Tensor, " d_sae"] | float = 0.0,
+    ) -> tuple[Pattern, Float[Tensor, " entries"]]:
+        """Where `inputs @ W_enc + bias` exceeds `above`, and its values there."""
+        W_enc, n = self.W_enc.to(inputs.dtype), 0
+        rows, columns, values = [], [], []
+        for part in self.row_chunks(inputs):
+            pre = torch.addmm(bias.to(inputs.dtype), part, W_enc)
+            where = (pre > above).view(-1).nonzero().squeeze(1)
+            values.append(pre.view(-1)[where])
+            rows.append(torch.div(where, self.d_sae, rounding_mode="floor").add_(n))
+            columns.append(where - (rows[-1] - n) * self.d_sae)
+            n += len(part)
+        return make_pattern(torch.cat(rows), torch.cat(columns), (n, self.d_sae), inputs.dtype), torch.cat(
+            values
+        )
 
     @torch.no_grad()
     def initialise(
@@ -244,9 +285,13 @@ class SAE(nn.Module):
         self.W_dec.grad.addcmul_(along[:, None], self.W_dec, value=-1)
 
     @torch.no_grad()
-    def normalise_decoder(self) -> None:
-        """Decoder rows to unit norm."""
+    def constrain(self) -> None:
+        """What holds after every step: decoder rows of unit norm."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min_(1e-8))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Called once, on the trained SAE: what turns it from how it trained into how it is used."""
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
@@ -282,7 +327,10 @@ class SAE(nn.Module):
             )
             return
         if self.config.name != "jumprelu":
-            own |= {"arch": {"name": "jumprelu", "d_sae": self.d_sae}, "trained_as": self.config.to_dict()}
+            own |= {
+                "arch": {"name": "jumprelu", "d_sae": self.d_sae, "target_l0": None, "l1": 0.0},
+                "trained_as": self.config.to_dict(),
+            }
         saelens.write(path, "jumprelu", self.jumprelu_weights(), {}, own)
 
     def __repr__(self) -> str:

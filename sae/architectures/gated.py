@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae.architectures.base import SAE, Config, Sparsity, Step, add_product, add_sum, gradient
+from sae.architectures.base import SAE, Config, Sparsity, Step, Terms, add_product, add_sum, gradient
 
 
 @dataclass(frozen=True)
@@ -68,21 +68,24 @@ class GatedSAE(SAE):
         self.b_mag[latents] = 0.0
         self.r_mag[latents] = 0.0
 
-    def loss(self, x: Float[Tensor, "n d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]) -> Tensor:
+    def loss(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Tensor:
         gate = torch.relu((x - self.b_dec) @ self.W_enc + self.b_gate)
         error = (self.decode(self._encode(x)) - x).square().sum(-1)
         auxiliary = (gate @ self.W_dec.detach() + self.b_dec.detach() - x).square().sum(-1)
-        return (error + coefficient * gate.sum(-1) + auxiliary).mean()
+        return (error + terms.coefficient * gate.sum(-1) + auxiliary).mean()
 
     @torch.no_grad()
-    def gradients(
-        self,
-        x: Float[Tensor, "n d_in"],
-        coefficient: float,
-        dead: Bool[Tensor, " d_sae"],
-        dtype: torch.dtype | None = None,
-    ) -> Step:
-        n, dtype = len(x), dtype or x.dtype
+    def gradients(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Step:
+        step = self._sparse_gradients(x, terms) if terms.sparse else self._dense_gradients(x, terms)
+        rates = self.r_mag.exp()
+        gradient(self.r_mag).mul_(rates)
+        gradient(self.b_dec).sub_(self.W_enc @ (gradient(self.b_gate) + rates * gradient(self.b_mag)))
+        step.loss += step.mse
+        step.l0 += step.counts.sum() / len(x)
+        return step
+
+    def _dense_gradients(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Step:
+        n, dtype, coefficient = len(x), terms.dtype or x.dtype, terms.coefficient
         W_enc, W_dec, b_gate, b_mag = (p.to(dtype) for p in (self.W_enc, self.W_dec, self.b_gate, self.b_mag))
         rate = self.r_mag.exp().to(dtype)
         self.clear_gradients()
@@ -111,9 +114,36 @@ class GatedSAE(SAE):
             add_product(self.W_enc, inputs.T, upstream.addcmul_(magnitude, rate))
             add_sum(self.r_mag, product.mul_(magnitude))
             add_sum(self.b_dec, error)
-        rates = self.r_mag.exp()
-        gradient(self.r_mag).mul_(rates)
-        gradient(self.b_dec).sub_(self.W_enc @ (gradient(self.b_gate) + rates * gradient(self.b_mag)))
-        step.loss += step.mse
-        step.l0 += step.counts.sum() / n
+        return step
+
+    def _sparse_gradients(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Step:
+        n, dtype, coefficient = len(x), terms.dtype or x.dtype, terms.coefficient
+        W_dec = self.W_dec.to(dtype)
+        centred = x - self.b_dec
+        inputs = centred.to(dtype)
+        pattern, gate = self.select(inputs, self.b_gate)
+        b_gate, b_mag, rate = (
+            p.to(dtype)[pattern.columns] for p in (self.b_gate, self.b_mag, self.r_mag.exp())
+        )
+        product = gate - b_gate
+        latents = torch.addcmul(b_mag, product, rate).relu_()
+        active = latents > 0
+        error = pattern.times(latents, W_dec).to(x.dtype).sub_(centred)
+        auxiliary = pattern.times(gate, W_dec).to(x.dtype).sub_(centred)
+        step = Step.zero(self)
+        step.counts += pattern.counts(active)
+        step.mse += error.square().sum() / n
+        step.loss += auxiliary.square().sum() / n + coefficient / n * gate.sum(dtype=x.dtype)
+
+        error.mul_(2 / n)
+        errors, auxiliaries = error.to(dtype), auxiliary.mul_(2 / n).to(dtype)
+        magnitude = pattern.sample(errors, W_dec).mul_(active)
+        upstream = pattern.sample(auxiliaries, W_dec).add_(coefficient / n)
+        self.b_gate.grad, self.b_mag.grad = pattern.column_sums(upstream), pattern.column_sums(magnitude)
+        self.r_mag.grad = pattern.column_sums(product.mul_(magnitude))
+        self.W_dec.grad = pattern.transposed_times(latents, errors).to(x.dtype)
+        self.W_enc.grad = (
+            pattern.transposed_times(upstream.addcmul_(magnitude, rate), inputs).T.to(x.dtype).contiguous()
+        )
+        self.b_dec.grad = error.sum(0)
         return step

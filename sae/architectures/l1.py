@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae.architectures.base import SAE, Config, Sparsity, Step, add_product, add_sum, gradient
+from sae.architectures.base import SAE, Config, Sparsity, Step, Terms, add_product, add_sum, gradient
 
 
 @dataclass(frozen=True)
@@ -47,28 +47,29 @@ class ReLUSAE(SAE):
         assert isinstance(self.config, Sparsity)
         self.b_enc[latents] = -self.upper_quantile(x, self.config.initial_density, latents)
 
-    def penalty(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+    def penalty(self, latents: Float[Tensor, "*batch"], terms: Terms) -> Float[Tensor, "*batch"]:
         """φ(f)."""
         return latents
 
-    def add_penalty_slope_(self, gradient: Tensor, latents: Tensor, weight: float) -> None:
+    def add_penalty_slope_(self, gradient: Tensor, latents: Tensor, weight: float, terms: Terms) -> None:
         """gradient += weight · φ'(f), in place; inactive latents are masked afterwards."""
         gradient.add_(weight)
 
-    def loss(self, x: Float[Tensor, "n d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]) -> Tensor:
+    def loss(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Tensor:
         latents = self._encode(x)
         error = (self.decode(latents) - x).square().sum(-1)
-        return (error + coefficient * self.penalty(latents).sum(-1)).mean()
+        return (error + terms.coefficient * self.penalty(latents, terms).sum(-1)).mean()
 
     @torch.no_grad()
-    def gradients(
-        self,
-        x: Float[Tensor, "n d_in"],
-        coefficient: float,
-        dead: Bool[Tensor, " d_sae"],
-        dtype: torch.dtype | None = None,
-    ) -> Step:
-        n, dtype = len(x), dtype or x.dtype
+    def gradients(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Step:
+        step = self._sparse_gradients(x, terms) if terms.sparse else self._dense_gradients(x, terms)
+        gradient(self.b_dec).sub_(self.W_enc @ gradient(self.b_enc))
+        step.loss += step.mse
+        step.l0 += step.counts.sum() / len(x)
+        return step
+
+    def _dense_gradients(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Step:
+        n, dtype, weight = len(x), terms.dtype or x.dtype, terms.coefficient / len(x)
         W_enc, W_dec, b_enc = self.W_enc.to(dtype), self.W_dec.to(dtype), self.b_enc.to(dtype)
         self.clear_gradients()
         step = Step.zero(self)
@@ -80,19 +81,38 @@ class ReLUSAE(SAE):
             step.counts += active.sum(0)
             error = (latents @ W_dec).to(x.dtype).sub_(centred)
             step.mse += error.square().sum() / n
-            if coefficient:
-                step.loss += coefficient / n * self.penalty(latents).sum(dtype=x.dtype)
+            if weight:
+                step.loss += weight * self.penalty(latents, terms).sum(dtype=x.dtype)
 
             error.mul_(2 / n)
             errors = error.to(dtype)
             upstream = errors @ W_dec.T
-            self.add_penalty_slope_(upstream, latents, coefficient / n)
+            self.add_penalty_slope_(upstream, latents, weight, terms)
             upstream.mul_(active)
             add_product(self.W_dec, latents.T, errors)
             add_product(self.W_enc, inputs.T, upstream)
             add_sum(self.b_enc, upstream)
             add_sum(self.b_dec, error)
-        gradient(self.b_dec).sub_(self.W_enc @ gradient(self.b_enc))
-        step.loss += step.mse
-        step.l0 += step.counts.sum() / n
+        return step
+
+    def _sparse_gradients(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Step:
+        n, dtype, weight = len(x), terms.dtype or x.dtype, terms.coefficient / len(x)
+        W_dec = self.W_dec.to(dtype)
+        centred = x - self.b_dec
+        inputs = centred.to(dtype)
+        pattern, latents = self.select(inputs, self.b_enc)
+        error = pattern.times(latents, W_dec).to(x.dtype).sub_(centred)
+        step = Step.zero(self)
+        step.counts += pattern.counts()
+        step.mse += error.square().sum() / n
+        if weight:
+            step.loss += weight * self.penalty(latents, terms).sum(dtype=x.dtype)
+
+        error.mul_(2 / n)
+        errors = error.to(dtype)
+        upstream = pattern.sample(errors, W_dec)
+        self.add_penalty_slope_(upstream, latents, weight, terms)
+        self.W_dec.grad = pattern.transposed_times(latents, errors).to(x.dtype)
+        self.W_enc.grad = pattern.transposed_times(upstream, inputs).T.to(x.dtype).contiguous()
+        self.b_enc.grad, self.b_dec.grad = pattern.column_sums(upstream), error.sum(0)
         return step

@@ -16,7 +16,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.architectures.base import SAE, Config, Sparsity
+from sae.architectures.base import SAE, Config, Sparsity, Terms
 from sae.architectures.l1 import ReLUSAE
 
 
@@ -41,8 +41,8 @@ class SqrtReLUSAE(ReLUSAE):
         assert isinstance(config, SqrtL1)
         self.epsilon = config.epsilon
 
-    def penalty(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+    def penalty(self, latents: Float[Tensor, "*batch"], terms: Terms) -> Float[Tensor, "*batch"]:
         return (latents + self.epsilon).sqrt() - self.epsilon**0.5
 
-    def add_penalty_slope_(self, gradient: Tensor, latents: Tensor, weight: float) -> None:
+    def add_penalty_slope_(self, gradient: Tensor, latents: Tensor, weight: float, terms: Terms) -> None:
         gradient.add_((latents + self.epsilon).rsqrt_(), alpha=weight / 2)

@@ -4,16 +4,24 @@ import pytest
 import torch
 
 import sae
-from sae.architectures import REGISTRY
+from sae.architectures import REGISTRY, Terms
 
 D_IN, D_SAE = 12, 40
 CONFIGS = [
     sae.L1(D_SAE, target_l0=6.0),
     sae.SqrtL1(D_SAE, target_l0=6.0),
+    sae.PAnneal(D_SAE, target_l0=6.0),
     sae.Gated(D_SAE, target_l0=6.0),
+    sae.JumpReLU(D_SAE, target_l0=6.0),
+    sae.JumpReLU(D_SAE, target_l0=6.0, sparsity="quadratic"),
     sae.TopK(D_SAE, k=4),
+    sae.BatchTopK(D_SAE, k=4),
+    sae.Matryoshka(D_SAE, k=4, prefixes=(0.25, 0.5)),
+    sae.HierarchicalTopK(D_SAE, k=4),
 ]
-EACH = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
+PENALISED = [config for config in CONFIGS if not hasattr(config, "k")]
+NAMES = [getattr(config, "sparsity", "l0").replace("l0", "") + config.name for config in CONFIGS]
+EACH = pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 
 
 def made(config, dtype=torch.float32, seed=0):
@@ -36,14 +44,15 @@ def test_every_registered_architecture_is_tested_here():
 
 @EACH
 @pytest.mark.parametrize("some_dead", [False, True], ids=["alive", "dead"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_gradients_by_hand_equal_autograd(config, some_dead, dtype):
+def test_gradients_by_hand_equal_autograd(config, some_dead, sparse, dtype):
     model, x, dead = made(config, dtype)
-    dead &= some_dead
-    loss = model.loss(x, 0.3, dead)
+    terms = Terms(0.3, dead & some_dead, progress=0.5, sparse=sparse)
+    loss = model.loss(x, terms)
     loss.backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    step = model.gradients(x, 0.3, dead)
+    step = model.gradients(x, terms)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     assert float(step.loss) == pytest.approx(float(loss.detach()), rel=tolerance)
     for name, parameter in model.named_parameters():
@@ -51,14 +60,16 @@ def test_gradients_by_hand_equal_autograd(config, some_dead, dtype):
 
 
 @EACH
-def test_gradients_are_summed_over_parts_of_the_batch(config, monkeypatch):
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_gradients_are_summed_over_parts_of_the_batch(config, sparse, monkeypatch):
     model, x, dead = made(config, torch.float64)
     x = torch.cat([x, x.flip(1), 2 * x[:40]])
-    whole = model.gradients(x, 0.3, dead)
+    terms = Terms(0.3, dead, sparse=sparse)
+    whole = model.gradients(x, terms)
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     monkeypatch.setattr("sae.architectures.base._CACHED", 1)
     assert len(list(model.row_chunks(x))) == 3
-    parts = model.gradients(x, 0.3, dead)
+    parts = model.gradients(x, terms)
     torch.testing.assert_close(vars(parts), vars(whole))
     torch.testing.assert_close(
         {name: parameter.grad for name, parameter in model.named_parameters()}, expected
@@ -78,7 +89,7 @@ def test_autograd_of_the_objective_is_right_away_from_kinks(config):
             self.inner = model
 
         def forward(self):
-            return self.inner.loss(x, 0.3, dead & False)
+            return self.inner.loss(x, Terms(0.3, dead & False))
 
     def objective(bias):
         return torch.func.functional_call(Objective(), {f"inner.{name}": bias}, ())
@@ -90,7 +101,7 @@ def test_autograd_of_the_objective_is_right_away_from_kinks(config):
 @EACH
 def test_counts_and_l0_are_those_of_encode(config):
     model, x, dead = made(config)
-    step = model.gradients(x, 0.3, dead)
+    step = model.gradients(x, Terms(0.3, dead))
     active = model.encode(x) > 0
     torch.testing.assert_close(step.counts, active.sum(0).float())
     assert float(step.l0) == pytest.approx(float(active.sum(1).float().mean()))
@@ -111,7 +122,7 @@ def test_initial_latents_are_about_as_sparse_as_asked_for(config):
     model = type(config)(**{**vars(config), "d_sae": 256}).build(64)
     model.initialise(x, x.mean(0), torch.Generator().manual_seed(0))
     l0 = float((model.encode(x) > 0).sum(1).float().mean())
-    wanted = config.k if config.name == "topk" else 2 * config.target_l0
+    wanted = config.k if hasattr(config, "k") else 2 * config.target_l0
     assert l0 == pytest.approx(wanted, rel=0.35)
     torch.testing.assert_close(model.W_dec.norm(dim=1), torch.ones(256))
 
@@ -139,18 +150,18 @@ def test_sqrt_l1_has_finite_gradients_at_silent_latents():
     model, x, dead = made(sae.SqrtL1(D_SAE, target_l0=6.0))
     with torch.no_grad():
         model.b_enc[5] = -1e4
-    model.loss(x, 0.3, dead).backward()
+    model.loss(x, Terms(0.3, dead)).backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-    model.gradients(x, 0.3, dead)
+    model.gradients(x, Terms(0.3, dead))
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-    assert model.penalty(torch.zeros(3)).abs().max() == 0
+    assert model.penalty(torch.zeros(3), Terms()).abs().max() == 0
 
 
 def test_the_auxiliary_term_of_gated_does_not_move_the_decoder():
     model, x, dead = made(sae.Gated(D_SAE, target_l0=6.0))
     with torch.no_grad():
         model.b_mag.fill_(-1e4)  # no magnitudes: the reconstruction is the bias alone
-    model.gradients(x, 0.3, dead)
+    model.gradients(x, Terms(0.3, dead))
     assert model.W_dec.grad.abs().max() == 0
     assert model.W_enc.grad.abs().max() > 0
 
@@ -160,16 +171,16 @@ def test_auxk_reaches_the_encoder_of_latents_that_are_never_positive():
     with torch.no_grad():
         model.b_enc[:8] = -50.0
     dead = torch.arange(D_SAE) < 8
-    model.gradients(x, 0.0, torch.zeros_like(dead))
+    model.gradients(x, Terms(dead=torch.zeros_like(dead)))
     assert model.W_enc.grad[:, :8].abs().max() == 0
-    model.gradients(x, 0.0, dead)
+    model.gradients(x, Terms(dead=dead))
     assert (model.W_enc.grad[:, :8].abs().amax(0) > 0).all()
 
 
 def test_the_parallel_part_of_the_decoders_gradient_is_removed():
     model, x, dead = made(CONFIGS[0])
-    model.normalise_decoder()
-    model.gradients(x, 0.3, dead)
+    model.constrain()
+    model.gradients(x, Terms(0.3, dead))
     model.remove_parallel_gradient()
     assert (model.W_dec.grad * model.W_dec).sum(1).abs().max() < 1e-6
 

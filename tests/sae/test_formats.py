@@ -18,7 +18,7 @@ CONFIGS = [
     sae.Gated(D_SAE, target_l0=6.0),
     sae.TopK(D_SAE, k=4),
 ]
-EACH = pytest.mark.parametrize("config", [*CONFIGS, JumpReLU(D_SAE)], ids=lambda config: config.name)
+EACH = pytest.mark.parametrize("config", [*CONFIGS, JumpReLU(D_SAE, target_l0=6.0)], ids=lambda config: config.name)
 SITE = "blocks.2.hook_resid_post"
 
 

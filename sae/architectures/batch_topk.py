@@ -1,0 +1,84 @@
+"""BatchTopK sparse autoencoder.
+
+    f = the k · n largest of ReLU((x - b_dec) W_enc + b_enc) over a batch of n tokens;  x̂ and loss as in `topk`
+    inference: f · 1[f > θ],  one θ for all latents
+
+Bussmann et al. 2024, https://arxiv.org/abs/2412.06410. Easy tokens may have few latents and hard ones many. θ is the mean, over the
+last steps of training, of the smallest activation that a batch kept; with it the SAE is a JumpReLU one, and saved as such.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.architectures.base import SAE
+from sae.architectures.topk import Entries, TopK, TopKSAE
+
+_MEMORY = 0.98
+"""Share of the smallest kept activation's running mean that a step keeps: some fifty steps."""
+
+
+@dataclass(frozen=True)
+class BatchTopK(TopK):
+    """The k largest pre-activations a token, counted over the batch, are its latents."""
+
+    name: ClassVar[str] = "batch_topk"
+
+    def build(self, d_in: int) -> SAE:
+        return BatchTopKSAE(self, d_in)
+
+
+class BatchTopKSAE(TopKSAE):
+    """See the module. Until `finish` it encodes as in training: what a token's latents are depends on its batch."""
+
+    smallest: Tensor
+    """Running mean of the smallest activation kept, (2,): weighted sum and weight."""
+
+    def __init__(self, config: TopK, d_in: int) -> None:
+        super().__init__(config, d_in)
+        self.register_buffer("smallest", torch.zeros(2))
+
+    def _encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        pre = (x - self.b_dec) @ self.W_enc + self.b_enc
+        if self.threshold is not None:
+            return pre.relu_()
+        flat = pre.flatten(0, -2)
+        rows, columns, values = self._largest(flat)
+        return torch.zeros_like(flat).index_put_((rows, columns), values.relu()).view_as(pre)
+
+    def choose(self, pre: Float[Tensor, "n d_sae"]) -> list[Entries]:
+        rows, columns, values = self._largest(pre)
+        with torch.no_grad():
+            positive = values[values > 0]
+            if len(positive):
+                self.smallest.mul_(_MEMORY).add_(
+                    torch.stack([positive.min().float(), values.new_ones(()).float()])
+                )
+        return [(rows, columns, values)]
+
+    def _largest(self, pre: Float[Tensor, "n d_sae"]) -> Entries:
+        """The k · n largest positive entries, in the order of rows. Those above half of the usual limit are looked at first."""
+        wanted = self.k * len(pre)
+        values = pre.detach().reshape(-1)
+        usual = float(self.smallest[0] / self.smallest[1]) if self.smallest[1] else 0.0
+        for floor in (0.5 * usual, 0.0):
+            candidates = (values > floor).nonzero().squeeze(1)
+            if len(candidates) >= wanted:
+                break
+        if len(candidates) > wanted:
+            kept = values[candidates].topk(wanted, sorted=False).indices
+            candidates = candidates[kept].sort().values
+        rows = torch.div(candidates, self.d_sae, rounding_mode="floor")
+        columns = candidates - rows * self.d_sae
+        return rows, columns, pre[rows, columns]
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        self.threshold = (
+            (self.smallest[0] / self.smallest[1].clamp_min(1e-12)).expand(self.d_sae).clone().to(self.W_dec)
+        )
