@@ -1,6 +1,7 @@
 """SAEs of other people: every layout computes here what it computes there, and bad or evil files do nothing but an error."""
 
 import fnmatch
+import inspect
 import json
 import os
 import pickle
@@ -442,20 +443,26 @@ class FakeHub:
 
     def __init__(self, path, monkeypatch):
         self.path, self.fetched = path, []
-        hub = self
+        hub, real = self, huggingface_hub.HfApi
+        for_real = {name: inspect.signature(getattr(real, name)) for name in ("create_repo", "upload_folder")}
+        for_real["snapshot_download"] = inspect.signature(huggingface_hub.snapshot_download)
 
         class Api:
             def __init__(self, token=None):
                 pass
 
-            def create_repo(self, repo_id, private, exist_ok):
-                (hub.path / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+            def create_repo(self, repo_id, **options):
+                for_real["create_repo"].bind(self, repo_id, **options)
+                (hub.path / repo_id).mkdir(parents=True, exist_ok=options["exist_ok"])
 
-            def upload_folder(self, repo_id, folder_path, path_in_repo, revision, commit_message):
+            def upload_folder(self, *, repo_id, folder_path, path_in_repo, **options):
+                given = {"repo_id": repo_id, "folder_path": folder_path, "path_in_repo": path_in_repo}
+                for_real["upload_folder"].bind(self, **given, **options)
                 target = hub.path / repo_id / (path_in_repo or "")
                 shutil.copytree(folder_path, target, dirs_exist_ok=True)
 
         def snapshot_download(repo_id, revision, allow_patterns):
+            for_real["snapshot_download"].bind(repo_id, revision=revision, allow_patterns=allow_patterns)
             self.fetched.append((repo_id, revision))
             snapshot = hub.path / "cache" / repo_id
             for file in (hub.path / repo_id).rglob("*"):
@@ -634,6 +641,16 @@ def test_edited_settings_are_refused_in_one_line(name, settings, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "stored", [torch.zeros(3), [torch.zeros(3)], {"a": 1}, {}, {1: torch.zeros(3)}], ids=str
+)
+def test_a_file_of_something_else_is_refused_in_one_line(stored, tmp_path):
+    torch.save(stored, tmp_path / "ae.pt")
+    with pytest.raises(InputError) as raised:
+        sae.load(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
 class Evil:
     """Makes the file that it names when it is unpickled."""
 
@@ -652,6 +669,10 @@ def evil_raw_pickle(path, marker):
     (path / "ae.pt").write_bytes(pickle.dumps(Evil(marker)))
 
 
+def evil_settings_in_pt(path, marker):
+    torch.save({**weights(), "k": Evil(marker)}, path / "ae.pt")
+
+
 def evil_npz(path, marker):
     write_gemma_scope(path)
     arrays = {name: tensor.numpy() for name, tensor in weights().items()}
@@ -668,7 +689,15 @@ def evil_pickle_named_safetensors(path, marker):
 
 
 @pytest.mark.parametrize(
-    "write", [evil_pt, evil_raw_pickle, evil_npz, evil_pickle_named_npz, evil_pickle_named_safetensors]
+    "write",
+    [
+        evil_pt,
+        evil_raw_pickle,
+        evil_settings_in_pt,
+        evil_npz,
+        evil_pickle_named_npz,
+        evil_pickle_named_safetensors,
+    ],
 )
 def test_a_file_with_pickled_code_is_refused_and_nothing_is_run(write, tmp_path):
     (tmp_path / "a").mkdir()
