@@ -168,6 +168,15 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__).strip().rstrip(".")
 
 
+def why_unfetched(error: Exception) -> str:
+    """Why something of the Hugging Face hub could not be had, in short."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, (LocalEntryNotFoundError, ConnectionError)):
+        return "the hub cannot be reached, and it was not fetched before"
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 # names
 
 

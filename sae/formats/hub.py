@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.architectures import SAE
-from sae.formats.base import first_line
+from sae.formats.base import first_line, why_unfetched
 from steerkit.errors import InputError
 
 _URL = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+?))?(?:/(.*?))?/?")
@@ -39,8 +39,8 @@ def fetch(source: str, files: Iterable[str]) -> Path:
         snapshot = snapshot_download(repo, revision=revision, allow_patterns=wanted)
     except Exception as error:  # the hub's, the network's, the cache's
         raise InputError(
-            f"{source} could not be fetched ({type(error).__name__}: {first_line(error)}). Check the name and the network, and "
-            "for private repositories `hf auth login`; offline, only what was fetched before is there."
+            f"{source} could not be fetched ({why_unfetched(error)}). Check the name and the network, and "
+            "for private repositories `hf auth login`."
         ) from None
     path = Path(snapshot) / folder
     if not path.is_dir():

@@ -29,6 +29,7 @@ from sae.formats.base import (
     refuse,
     site_name,
     subtract_b_dec_in_biases,
+    why_unfetched,
 )
 from sae.saelens import CONFIG_FILE, WEIGHTS_FILE
 from steerkit.errors import CheckpointError, InputError, did_you_mean
@@ -103,8 +104,8 @@ def load_release(name: str) -> SAE:
         theirs = sae_lens.SAE.from_pretrained(release, sae_id, device="cpu", dtype="float32")
     except Exception as error:  # whatever its loaders, the hub or the network raise
         raise InputError(
-            f"saelens:{name} could not be fetched ({type(error).__name__}: {first_line(error)}). "
-            "Check the network and, for gated repositories, `hf auth login`; offline, only what was fetched before is there."
+            f"saelens:{name} could not be fetched ({why_unfetched(error)}). "
+            "Check the network and, for gated repositories, `hf auth login`."
         ) from None
     tensors = {key: tensor.detach().float() for key, tensor in theirs.state_dict().items()}
     where = Path(f"saelens:{name}")
