@@ -230,7 +230,7 @@ def _judging(runs: Sequence[tuple[str, Result]]) -> list[Any]:
         "<h2>Judged by labels</h2>",
         "<p>Balanced accuracy of the best 1, 2 and 5 latents (chance 0.5); monosemanticity FMS (0.25 for latents "
         "that know nothing); share of tokens whose concept is absorbed by a more specific latent; SCR and TPP, what "
-        "ablating ten latents does to probes (0 for nothing). Bars are 95 % intervals, clustered by document. "
+        "ablating five latents does to probes (0 for nothing). Bars are 95 % intervals, clustered by document. "
         f"{html.escape('; '.join(basis))}.</p>",
         _dots(runs),
     ]

@@ -47,7 +47,7 @@ JUDGE_SEED = 7_000_017
 CHOSEN_ON = 0.6
 WORD_FAMILIES = ("mood", "tense", "gender", "politeness")
 """Attributes that many different words tell: what absorption is looked for in."""
-SHOWN_N = 10
+SHOWN_N = 5
 """Ablated candidates of the SCR and TPP that a table shows."""
 FITTED_ON = 16_384
 """Tokens that a random SAE's thresholds are fitted on."""
@@ -148,22 +148,26 @@ class Judgement:
         }
 
     def table(self) -> list[dict[str, Any]]:
-        """The figures of each row, plain."""
-        return [
-            {
-                "name": row.name,
-                "size": row.size,
-                **{name: found and found.to_dict() for name, found in row.figures().items()},
+        """The figures of each row, plain; None where there is none."""
+        found = []
+        for row in self.rows:
+            figures = {
+                name: None if interval is None else interval.to_dict()
+                for name, interval in row.figures().items()
             }
-            for row in self.rows
-        ]
+            found.append({"name": row.name, "size": row.size, **figures})
+        return found
+
+    def columns(self) -> list[str]:
+        """The names of what a table shows."""
+        return list(self.rows[0].figures())
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict()` as JSON."""
         write_json(path, self.to_dict())
 
     def __repr__(self) -> str:
-        columns = list(self.rows[0].figures())
+        columns = self.columns()
         width = max(len(row.name) for row in self.rows)
         lines = [
             f"{'':<{width}}{'size':>8}" + "".join(f"{name:>9}" for name in columns) + "   95 % of k=1, FMS@1"
@@ -217,7 +221,7 @@ def judge(
     with progress(len(todo), "judging", unit="dictionaries", quiet=quiet) as bar:
         for make in todo:
             dictionary, on_words = make()
-            rows.append(_row(dictionary, examples, on_words, words, notes))
+            rows.append(_row(dictionary, examples, on_words, words, min_documents, notes))
             bar.advance(1)
     if random_model_sae is None:
         notes.append("SAE of the random model: none was given")
@@ -235,17 +239,19 @@ def _row(
     examples: Examples,
     on_words: Dictionary | None,
     words: Examples | None,
+    min_documents: int,
     notes: list[str],
 ) -> Row:
     ablatable = dictionary.directions is not None
-    ps = tuple(p for p in (1, 5) if p < dictionary.size)
     return Row(
         dictionary.name,
         dictionary.size,
         sparse_probing(dictionary, examples),
-        monosemanticity(dictionary, examples, ps=ps or (1,)),
+        monosemanticity(dictionary, examples),
         absorption(on_words, words) if on_words is not None and words is not None else None,
-        _unless_refused(lambda: scr(dictionary, examples), "SCR", notes) if ablatable else None,
+        _unless_refused(lambda: scr(dictionary, examples, min_cell=min_documents), "SCR", notes)
+        if ablatable
+        else None,
         _unless_refused(lambda: tpp(dictionary, examples), "TPP", notes) if ablatable else None,
     )
 

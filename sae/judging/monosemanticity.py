@@ -16,7 +16,8 @@ Härle et al. 2025, “Measuring and Guiding Monosemanticity”, https://arxiv.o
 leaves open, here: trees are always scored on documents that they were not fitted on; FMS_local and FMS_global
 are clipped to [0, 1]; depths run from 1 to n = 5 for every concept, and a tree that has ended sooner keeps
 its last accuracy; classes are balanced by weights rather than by leaving examples out; of stumps with equal
-impurity the first candidate is taken. The p best are removed as candidates, not as directions.
+impurity the first candidate is taken; the p best are removed as candidates, not as directions, and where none
+is left accs_p is chance.
 
 Candidates that know nothing do not score 0: accs_0 = 1/2, FMS_local = 0 and FMS_global = 1 give 0.25. And a
 perfect detector does not score 1 where its counterpart is in the dictionary too: with a latent for `female`
@@ -113,11 +114,9 @@ class Monosemanticity:
 def monosemanticity(
     dictionary: Dictionary, examples: Examples, *, ps: Sequence[int] = PS, depth: int = DEPTH
 ) -> Monosemanticity:
-    """FMS@p for each p, with trees up to `depth`. Raises InputError unless 1 <= p < number of candidates."""
-    if not ps or min(ps) < 1 or max(ps) >= dictionary.size:
-        raise InputError(
-            f"p is {list(ps)}: between 1 and all but one of the {dictionary.size} candidates can be removed."
-        )
+    """FMS@p for each p, with trees up to `depth`. Raises InputError unless both are 1 or more."""
+    if not ps or min(ps) < 1:
+        raise InputError(f"p is {min(ps, default=0)}: at least one candidate is removed.")
     if depth < 1:
         raise InputError(f"depth is {depth}: trees have a depth of 1 or more.")
     labels, chosen = examples.labels, examples.chosen
@@ -182,7 +181,7 @@ def monosemanticity(
 
 @dataclass(frozen=True)
 class RankedStumps:
-    """The best stumps for one concept, by their weighted Gini impurity."""
+    """The best stumps for one concept, by their weighted Gini impurity; fewer than asked for if there are fewer."""
 
     candidate: Int[np.ndarray, " k"]
     threshold: Float[np.ndarray, " k"]
@@ -190,7 +189,9 @@ class RankedStumps:
     """Whether values above the threshold mean yes."""
 
     def predict(self, dictionary: Dictionary, place: int) -> Bool[np.ndarray, " n"]:
-        """What the stump at a place of the ranking says; of a constant candidate: no."""
+        """What the stump at a place of the ranking says: no if its candidate is constant, or there is none."""
+        if place >= len(self.candidate):
+            return np.zeros(dictionary.values.shape[0], dtype=bool)
         values = dictionary.columns(self.candidate[place : place + 1])[:, 0]
         return (values > self.threshold[place]) == self.above[place]
 

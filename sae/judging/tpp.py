@@ -13,7 +13,8 @@ are taken out of the activations (set to their mean, as in `sae.judging.scr`), a
 
 with A_i,j the balanced accuracy of probe j on held-out examples without the candidates of i: the accuracy that the concept
 loses, less what the others lose. From -0.5 to 0.5; 0 for an ablation that does nothing, and for one that does the same to
-all. `null` takes out n candidates drawn at random among those that are active.
+all. `null` takes out n candidates drawn at random for each concept
+among those that are active.
 
 Karvonen et al. 2024, https://arxiv.org/abs/2411.18895. Chanin 2026 (https://arxiv.org/abs/2605.18229) finds it unreliable at its
 usual settings: read it beside the nulls.
@@ -139,12 +140,13 @@ def _sums(
     logits = acts @ w + b
     sides = [side & chosen[:, None] for side in (labels, ~labels)]
     positive, negative = (side / np.maximum(side.sum(0), 1) for side in sides)
-    drawn = np.random.default_rng(seed).permutation(active_candidates(dictionary, chosen))
+    active = active_candidates(dictionary, chosen)
     mean = chosen / chosen.sum()
     found = []
     effects: dict[int, list[Float[np.ndarray, "n c"]]] = {}
     for i, j in pairs:
         if i not in effects:
+            drawn = np.random.default_rng([seed, i]).permutation(active)
             order = np.argsort(
                 -attribution(dictionary, positive[:, i], negative[:, i], w[:, i]), kind="stable"
             )
