@@ -14,13 +14,16 @@ from sae.architectures import (
     SAE,
     BatchTopK,
     Config,
+    Crosscoder,
     Gated,
+    Guided,
     HierarchicalTopK,
     JumpReLU,
     Matryoshka,
     PAnneal,
     SqrtL1,
     TopK,
+    Transcoder,
     get,
 )
 from sae.concepts import ConceptScores, concept_scores
@@ -29,7 +32,8 @@ from sae.formats import convert, load, push_to_hub
 from sae.pretrained import open_run
 from sae.pruning import PruneCurve, keep_top, prune, prune_curve
 from sae.random_model import train_on_random_model
-from sae.training import SAERun, TrainConfig, fit, train
+from sae.sweep import Job
+from sae.training import SAERun, TrainConfig, fit, train, train_many
 
 __all__ = [
     "L1",
@@ -38,9 +42,12 @@ __all__ = [
     "BatchTopK",
     "ConceptScores",
     "Config",
+    "Crosscoder",
     "Evaluation",
     "Gated",
+    "Guided",
     "HierarchicalTopK",
+    "Job",
     "JumpReLU",
     "Matryoshka",
     "NullTable",
@@ -50,6 +57,7 @@ __all__ = [
     "SqrtL1",
     "TopK",
     "TrainConfig",
+    "Transcoder",
     "concept_scores",
     "convert",
     "evaluate",
@@ -64,5 +72,6 @@ __all__ = [
     "push_to_hub",
     "random_sae",
     "train",
+    "train_many",
     "train_on_random_model",
 ]

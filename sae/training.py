@@ -32,14 +32,15 @@ from sae import formats
 from sae.architectures import SAE, Config, Sparsity, Terms
 from sae.checkpoint import Checkpoints
 from sae.dashboard.value import Dashboard
-from sae.evaluation import Evaluation, evaluate
+from sae.evaluation import Evaluation, evaluate, evaluate_all
 from sae.kernels import is_fast
 from sae.latents import collect_latents
 from sae.schedule import TargetL0, learning_rate_factor
+from sae.sweep import Job, job_names, summarise, sweep_page
 from steerkit.activation_cache import ActivationCache, is_cache
 from steerkit.activations import ActivationStream, Statistics, Tokenization
 from steerkit.data import Documents, load_documents, split_held_out
-from steerkit.errors import InputError, NumericsError, did_you_mean
+from steerkit.errors import CheckpointError, InputError, NumericsError, did_you_mean
 from steerkit.models import HookedModel
 from steerkit.runs import Run, make_provenance, peak_memory_mb, progress
 
@@ -138,86 +139,217 @@ def train(
     NumericsError on NaN or inf (the last checkpoint is kept), CheckpointError when every checkpoint is damaged. On Ctrl-C a
     checkpoint is saved first.
     """
-    started = time.perf_counter()
-    config = (config or TrainConfig()).with_(settings).resolve(tokens)
-    assert config.batch_size is not None
-    width = model.site(site).width
-    source = _Source.of(model, data, site, tokenization, text_column)
+    task = _Pass.of(
+        model, data, {".": Job(site, arch)}, tokens, out, config, settings, tokenization, text_column
+    )
+    return task.run(device or model.device, checkpoint_seconds, resume, quiet)[0]
+
+
+def train_many(
+    model: HookedModel,
+    data: Any,
+    jobs: Sequence[Job],
+    tokens: int,
+    out: str | Path,
+    *,
+    config: TrainConfig | None = None,
+    tokenization: Tokenization | None = None,
+    text_column: str | None = None,
+    device: str | torch.device | None = None,
+    checkpoint_seconds: float = 60.0,
+    resume: bool = False,
+    quiet: bool = False,
+    **settings: Any,
+) -> list[SAERun]:
+    """Train several SAEs in one pass over the activations: the model runs once for all of them.
+
+    `out` is a run directory of its own, with a report of all (`report.html`, and `results` in `summary.json`); each SAE has its run
+    directory in it, as `train` makes one. All see the same batches; a token that is a sink at one of the sites is left out at all.
+    Otherwise as `train`, and a resumed pass ends with the same weights too.
+    """
+    named = dict(zip(job_names(jobs), jobs))
+    task = _Pass.of(model, data, named, tokens, out, config, settings, tokenization, text_column)
+    origin = {"seed": task.config.seed, "revision": model.revision}
     made_with = {
-        "model": model.name,
-        "data": source.name,
-        "text_column": text_column,
-        "site": site,
-        "arch": arch.to_dict(),
-        "tokens": tokens,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "tokenization": asdict(source.tokenization),
-        "training": asdict(config),
+        **task.made_with(),
+        "jobs": {
+            name: {"site": job.site, "arch": job.arch.to_dict(), "seed": job.seed}
+            for name, job in named.items()
+        },
     }
-    origin = {
-        "seed": config.seed,
-        "revision": model.revision,
-        "data_sha256": source.documents.fingerprint(),
-        "d_in": width,
-    }
-    run = Run.open(out, "train sae", made_with, resume=resume, provenance=make_provenance(**origin))
-    if run.finished:
-        return SAERun.load(run.path)
-    stream = source.stream(config)
-    before_fit = time.perf_counter()
-    try:
-        sae, seconds = fit(
-            stream,
-            site,
-            arch,
-            tokens,
-            config=config,
-            device=device or model.device,
-            run=run,
-            checkpoint_seconds=checkpoint_seconds,
-            quiet=quiet,
+    run = Run.open(out, "sweep sae", made_with, resume=resume, provenance=make_provenance(**origin))
+    runs = task.run(device or model.device, checkpoint_seconds, resume, quiet)
+    if not run.finished:
+        summary = summarise({name: (job, made.summary) for (name, job), made in zip(task.jobs.items(), runs)})
+        sweep_page(summary, run.path / "report.html")
+        run.finish(summary)
+    return runs
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass over activations, and the SAEs that are trained in it."""
+
+    model: HookedModel
+    source: _Source
+    jobs: Mapping[str, Job]
+    """Directory in `out` -> job."""
+    tokens: int
+    out: Path
+    config: TrainConfig
+    text_column: str | None
+
+    @classmethod
+    def of(
+        cls,
+        model: HookedModel,
+        data: Any,
+        jobs: Mapping[str, Job],
+        tokens: int,
+        out: str | Path,
+        config: TrainConfig | None,
+        settings: Mapping[str, Any],
+        tokenization: Tokenization | None,
+        text_column: str | None,
+    ) -> _Pass:
+        config = (config or TrainConfig()).with_(settings).resolve(tokens)
+        jobs = {
+            name: replace(job, seed=config.seed if job.seed is None else job.seed)
+            for name, job in jobs.items()
+        }
+        for job in jobs.values():
+            model.site(job.site)
+        source = _Source.of(model, data, tokenization, text_column)
+        return cls(model, source, jobs, tokens, Path(out), config, text_column)
+
+    def made_with(self) -> dict[str, Any]:
+        """The settings that all jobs share."""
+        return {
+            "model": self.model.name,
+            "data": self.source.name,
+            "text_column": self.text_column,
+            "tokens": self.tokens,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "tokenization": asdict(self.source.tokenization),
+            "training": asdict(self.config),
+        }
+
+    def run(
+        self, device: str | torch.device, checkpoint_seconds: float, resume: bool, quiet: bool
+    ) -> list[SAERun]:
+        """Train, evaluate and write all; gives the finished runs in the order of the jobs."""
+        started = time.perf_counter()
+        runs = {name: self._open(name, resume) for name in self.jobs}
+        if all(run.finished for run in runs.values()):
+            return [SAERun.load(run.path) for run in runs.values()]
+        stream = self.source.stream(list(dict.fromkeys(job.site for job in self.jobs.values())), self.config)
+        before_fit = time.perf_counter()
+        checkpoints = Checkpoints(self.out / "checkpoint")
+        try:
+            made = fit_all(
+                stream,
+                self.jobs,
+                self.tokens,
+                config=self.config,
+                device=device,
+                runs=runs,
+                checkpoints=checkpoints,
+                checkpoint_seconds=checkpoint_seconds,
+                quiet=quiet,
+            )
+            statistics = {job.site: stream.statistics(job.site) for job in self.jobs.values()}
+        finally:
+            stream.close()
+        beside_fit = before_fit - started - time.perf_counter()
+        for name, (sae, _) in made.items():
+            sae.metadata = self._metadata(self.jobs[name], statistics[self.jobs[name].site])
+            sae.save(runs[name].path)
+        found = self._evaluate({name: sae for name, (sae, _) in made.items()}, statistics)
+        beside_fit += time.perf_counter()
+        for name, (_, seconds) in made.items():
+            seconds = {**seconds, "total": seconds["total"] + beside_fit}
+            runs[name].finish(self._summary(self.jobs[name], found[name], seconds))
+        checkpoints.remove()
+        return [
+            SAERun(run.path, made[name][0], run.summary, run.config, self.model) for name, run in runs.items()
+        ]
+
+    def _open(self, name: str, resume: bool) -> Run:
+        job = self.jobs[name]
+        shared = self.made_with()
+        made_with = {
+            **{key: shared[key] for key in ("model", "data", "text_column")},
+            "site": job.site,
+            "arch": job.arch.to_dict(),
+            **{key: shared[key] for key in ("tokens", "dtype", "tokenization")},
+            "training": asdict(self._config(job)),
+        }
+        origin: dict[str, Any] = {
+            "seed": job.seed,
+            "revision": self.model.revision,
+            "data_sha256": self.source.documents.fingerprint(),
+            "d_in": self.model.site(job.site).width,
+        }
+        if len(self.jobs) > 1:
+            origin["pass"] = {"seed": self.config.seed, "jobs": list(self.jobs)}
+        return Run.open(
+            self.out / name, "train sae", made_with, resume=resume, provenance=make_provenance(**origin)
         )
-        statistics = stream.statistics(site)
-    finally:
-        stream.close()
-    after_fit = time.perf_counter()
-    seen = tokens // config.batch_size * config.batch_size
-    sae.metadata = {
-        "model": model.name,
-        "revision": model.revision,
-        "site": site,
-        "data": source.name,
-        "tokens": seen,
-        "tokenization": asdict(source.tokenization),
-        "scale": statistics.scale,
-        "sink_threshold": statistics.sink_threshold,
-        "training": asdict(config),
-    }
-    sae.save(run.path)
-    found = evaluate(
-        model,
-        sae,
-        source.held_out,
-        site,
-        tokenization=source.tokenization,
-        tokens=config.held_out_tokens,
-        sink_threshold=statistics.sink_threshold,
-    ).to_dict()
-    total = seconds["total"] + (time.perf_counter() - started) - (after_fit - before_fit)
-    summary = {
-        "arch": arch.name,
-        "d_in": width,
-        "d_sae": arch.d_sae,
-        **found,
-        "tokens": seen,
-        "held_out_tokens": found["tokens"],
-        "tokens_per_second": {key: seen / max(s, 1e-9) for key, s in {**seconds, "total": total}.items()},
-        "peak_memory_mb": peak_memory_mb(),
-        "seconds": total,
-    }
-    run.finish(summary)
-    Checkpoints(run.path / "checkpoint").remove()
-    return SAERun(run.path, sae, run.summary, run.config, model)
+
+    def _config(self, job: Job) -> TrainConfig:
+        assert job.seed is not None
+        return replace(self.config, seed=job.seed)
+
+    @property
+    def _seen(self) -> int:
+        """Tokens that are trained on: whole batches."""
+        assert self.config.batch_size is not None
+        return self.tokens // self.config.batch_size * self.config.batch_size
+
+    def _metadata(self, job: Job, statistics: Statistics) -> dict[str, Any]:
+        return {
+            "model": self.model.name,
+            "revision": self.model.revision,
+            "site": job.site,
+            "data": self.source.name,
+            "tokens": self._seen,
+            "tokenization": asdict(self.source.tokenization),
+            "scale": statistics.scale,
+            "sink_threshold": statistics.sink_threshold,
+            "training": asdict(self._config(job)),
+        }
+
+    def _evaluate(
+        self, saes: Mapping[str, SAE], statistics: Mapping[str, Statistics]
+    ) -> dict[str, dict[str, Any]]:
+        """The figures of each SAE on held-out text; those of a site share a pass."""
+        found: dict[str, dict[str, Any]] = {}
+        for site, measured in statistics.items():
+            here = {name: sae for name, sae in saes.items() if self.jobs[name].site == site}
+            evaluations = evaluate_all(
+                self.model,
+                here,
+                self.source.held_out,
+                site,
+                tokenization=self.source.tokenization,
+                tokens=self.config.held_out_tokens,
+                sink_threshold=measured.sink_threshold,
+            )
+            found |= {name: evaluation.to_dict() for name, evaluation in evaluations.items()}
+        return found
+
+    def _summary(self, job: Job, found: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
+        return {
+            "arch": job.arch.name,
+            "d_in": self.model.site(job.site).width,
+            "d_sae": job.arch.d_sae,
+            **found,
+            "tokens": self._seen,
+            "held_out_tokens": found["tokens"],
+            "tokens_per_second": {key: self._seen / max(s, 1e-9) for key, s in seconds.items()},
+            "peak_memory_mb": peak_memory_mb(),
+            "seconds": seconds["total"],
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,7 +452,6 @@ class _Source:
     """Where the activations of a run come from, and the text that is held out of it."""
 
     model: HookedModel
-    site: str
     name: str
     documents: Documents
     held_out: Documents
@@ -332,7 +463,6 @@ class _Source:
         cls,
         model: HookedModel,
         data: Any,
-        site: str,
         tokenization: Tokenization | None,
         text_column: str | None,
     ) -> _Source:
@@ -346,20 +476,20 @@ class _Source:
             found = _tokenization_of(data, model)
             if tokenization not in (None, found):
                 raise InputError(f"{data.path} has a tokenization of its own ({found}): give none.")
-            return cls(model, site, str(data.path), data.train, data.held_out, found, data)
+            return cls(model, str(data.path), data.train, data.held_out, found, data)
         documents = load_documents(data, text_column=text_column)
         name = str(data) if isinstance(data, (str, Path)) else documents.name
         train_documents, held_out = split_held_out(documents)
-        return cls(model, site, name, train_documents, held_out, tokenization or Tokenization())
+        return cls(model, name, train_documents, held_out, tokenization or Tokenization())
 
-    def stream(self, config: TrainConfig) -> Stream:
+    def stream(self, sites: Sequence[str], config: TrainConfig) -> Stream:
         assert config.batch_size is not None
         if self.cache is not None:
-            return self.cache.stream(self.site, config.batch_size, config.seed, device=self.model.device)
+            return self.cache.stream(sites, config.batch_size, config.seed, device=self.model.device)
         return ActivationStream(
             self.model,
             self.documents,
-            self.site,
+            sites,
             tokenization=self.tokenization,
             batch_size=config.batch_size,
             block_tokens=config.block_tokens,
@@ -600,60 +730,134 @@ def fit(
     With a `run`, metrics and checkpoints go to its directory, and a checkpoint that is there is continued. After Ctrl-C or SIGTERM
     a checkpoint is written and KeyboardInterrupt raised.
     """
+    made = fit_all(
+        stream,
+        {".": Job(site, arch)},
+        tokens,
+        config=config,
+        device=device,
+        runs={} if run is None else {".": run},
+        checkpoints=None if run is None else Checkpoints(run.path / "checkpoint"),
+        checkpoint_seconds=checkpoint_seconds,
+        quiet=quiet,
+    )
+    return made["."]
+
+
+def fit_all(
+    stream: Stream,
+    jobs: Mapping[str, Job],
+    tokens: int,
+    *,
+    config: TrainConfig | None = None,
+    device: str | torch.device = "cpu",
+    runs: Mapping[str, Run] | None = None,
+    checkpoints: Checkpoints | None = None,
+    checkpoint_seconds: float = 60.0,
+    quiet: bool = True,
+) -> dict[str, tuple[SAE, dict[str, float]]]:
+    """`fit` for several jobs, by their names, on the same batches; metrics go to those `runs` that are given."""
     config = (config or TrainConfig()).resolve(tokens)
-    checkpoints = Checkpoints(run.path / "checkpoint") if run is not None else None
+    runs = runs or {}
     found = checkpoints.load() if checkpoints is not None else None
     if found is not None:
         stream.load_state_dict(found[1]["stream"])
-    trainer = Trainer(arch, site, stream.statistics(site), tokens, config, torch.device(device))
-    seconds = {"model": 0.0, "buffer": 0.0, "sae": 0.0, "total": 0.0}
+    clock = _Clock(stream, list(jobs), found[1]["seconds"] if found is not None else None)
+    with clock.waiting():
+        statistics = {job.site: stream.statistics(job.site) for job in jobs.values()}
+    trainers = {
+        name: Trainer(
+            job.arch,
+            job.site,
+            statistics[job.site],
+            tokens,
+            config if job.seed is None else replace(config, seed=job.seed),
+            torch.device(device),
+        )
+        for name, job in jobs.items()
+    }
     if found is not None:
-        trainer.load(*found)
-        seconds = found[1]["seconds"]
-    if run is not None:
-        run.rewind("step", trainer.steps)
-    clock = _Clock(stream, seconds)
+        _load(trainers, *found)
+    first = next(iter(trainers.values()))
+    for name, run in runs.items():
+        run.rewind("step", trainers[name].steps)
 
     def save() -> None:
         if checkpoints is not None:
-            state = {**trainer.state(), "stream": stream.state_dict(), "seconds": clock.seconds()}
-            checkpoints.save(trainer.steps, trainer.tensors(), state)
+            place = {"steps": first.steps, "stream": stream.state_dict(), "seconds": clock.state()}
+            checkpoints.save(first.steps, *_checkpoint(trainers, place))
 
     saved = time.monotonic()
-    total = trainer.n_steps * trainer.batch_size
+    total = first.n_steps * first.batch_size
+    title = f"{first.arch.name} SAE" if len(trainers) == 1 else f"{len(trainers)} SAEs"
     with (
         _deferred_interrupts() as interrupted,
-        progress(total, f"{arch.name} SAE", quiet=quiet, done=trainer.tokens) as bar,
+        progress(total, title, quiet=quiet, done=first.tokens) as bar,
     ):
-        while trainer.steps < trainer.n_steps:
+        while first.steps < first.n_steps:
             with clock.waiting():
-                batch = next(stream)[site]
-            with clock.training():
-                trainer.step(batch)
-            last = trainer.steps == trainer.n_steps
-            if run is not None and (last or trainer.steps % config.log_every == 0):
-                line = trainer.metrics()
-                run.log({**line, "tokens_per_second": clock.rates(trainer.tokens)})
-                bar.advance(
-                    trainer.tokens - bar.done, **{key: line[key] for key in ("fvu", "l0", "dead_fraction")}
-                )
+                batch = next(stream)
+            for name, trainer in trainers.items():
+                with clock.training(name):
+                    trainer.step(batch[trainer.site])
+            last = first.steps == first.n_steps
+            if runs and (last or first.steps % config.log_every == 0):
+                lines = {name: trainers[name].metrics() for name in runs}
+                for name, line in lines.items():
+                    runs[name].log({**line, "tokens_per_second": clock.rates(first.tokens, name)})
+                shown = {key: sum(line[key] for line in lines.values()) / len(lines) for key in _SHOWN}
+                bar.advance(first.tokens - bar.done, **shown)
             if interrupted.is_set():
                 save()
                 raise KeyboardInterrupt
             if last or time.monotonic() - saved >= checkpoint_seconds:
                 save()
                 saved = time.monotonic()
-    return trainer.result(), clock.seconds()
+    return {name: (trainer.result(), clock.seconds(name)) for name, trainer in trainers.items()}
+
+
+_SHOWN = ("fvu", "l0", "dead_fraction")
+"""Figures beside the progress bar: means over the jobs."""
+
+
+def _checkpoint(
+    trainers: Mapping[str, Trainer], place: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and plain data of a checkpoint: `place` is common to all trainers."""
+    tensors = {
+        f"{name}/{key}": value
+        for name, trainer in trainers.items()
+        for key, value in trainer.tensors().items()
+    }
+    return tensors, {**place, "jobs": {name: trainer.state() for name, trainer in trainers.items()}}
+
+
+def _load(trainers: Mapping[str, Trainer], tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Go on from a checkpoint. Raises CheckpointError when it is of other jobs."""
+    if trainers.keys() != state["jobs"].keys():
+        raise CheckpointError(
+            f"The checkpoint is of the SAEs {', '.join(state['jobs'])}, here they are {', '.join(trainers)}: "
+            "resume with the same ones."
+        )
+    for name, trainer in trainers.items():
+        own = {
+            key.removeprefix(f"{name}/"): value
+            for key, value in tensors.items()
+            if key.startswith(f"{name}/")
+        }
+        trainer.load(own, state["jobs"][name])
 
 
 class _Clock:
-    """Seconds that go into the model, the buffer and the SAE, across restarts. `total` is the wall's."""
+    """Seconds that go into the model, the buffer and each SAE, across restarts. `total` is the wall's."""
 
-    def __init__(self, stream: Stream, before: Mapping[str, float]) -> None:
-        self.stream, self.before = stream, before
+    def __init__(self, stream: Stream, names: Sequence[str], before: Mapping[str, Any] | None) -> None:
+        self.stream = stream
+        self.before = before or {"model": 0.0, "buffer": 0.0, "sae": dict.fromkeys(names, 0.0), "total": 0.0}
         self.started = time.perf_counter()
         self.model_before = stream.seconds_model
-        self.waited = self.trained = 0.0
+        self.waited = 0.0
+        self.trained = dict.fromkeys(names, 0.0)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -662,24 +866,29 @@ class _Clock:
         self.waited += time.perf_counter() - start
 
     @contextlib.contextmanager
-    def training(self) -> Iterator[None]:
+    def training(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.trained += time.perf_counter() - start
+        self.trained[name] += time.perf_counter() - start
 
-    def seconds(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
         model = self.stream.seconds_model - self.model_before
-        now = {
-            "model": model,
-            "buffer": max(0.0, self.waited - model),
-            "sae": self.trained,
-            "total": time.perf_counter() - self.started,
+        return {
+            "model": self.before["model"] + model,
+            "buffer": self.before["buffer"] + max(0.0, self.waited - model),
+            "sae": {name: self.before["sae"][name] + value for name, value in self.trained.items()},
+            "total": self.before["total"] + time.perf_counter() - self.started,
         }
-        return {key: self.before[key] + value for key, value in now.items()}
 
-    def rates(self, tokens: int) -> dict[str, float]:
+    def seconds(self, name: str) -> dict[str, float]:
+        """Those that concern one SAE: what all share, and its own."""
+        now = self.state()
+        return {**now, "sae": now["sae"][name]}
+
+    def rates(self, tokens: int, name: str) -> dict[str, float]:
         """Tokens a second of each part, as if it were alone."""
-        return {key: tokens / max(value, 1e-9) for key, value in self.seconds().items()}
+        return {key: tokens / max(value, 1e-9) for key, value in self.seconds(name).items()}
 
 
 @contextlib.contextmanager
