@@ -32,7 +32,7 @@ from sae.formats import convert, load, push_to_hub
 from sae.pretrained import open_run
 from sae.pruning import PruneCurve, keep_top, prune, prune_curve
 from sae.random_model import train_on_random_model
-from sae.sweep import Job
+from sae.sweep import Job, job_names
 from sae.training import SAERun, TrainConfig, fit, train, train_many
 
 __all__ = [
@@ -64,6 +64,7 @@ __all__ = [
     "evaluate_nulls",
     "fit",
     "get",
+    "job_names",
     "keep_top",
     "load",
     "open_run",

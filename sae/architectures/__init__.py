@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from sae.architectures.base import SAE, Config, Sparsity, Step, Terms
 from sae.architectures.batch_topk import BatchTopK
+from sae.architectures.crosscoder import Crosscoder
 from sae.architectures.gated import Gated
+from sae.architectures.guided import Guided
 from sae.architectures.hierarchical_topk import HierarchicalTopK
 from sae.architectures.jumprelu import JumpReLU
 from sae.architectures.l1 import L1
@@ -12,11 +14,25 @@ from sae.architectures.matryoshka import Matryoshka
 from sae.architectures.p_anneal import PAnneal
 from sae.architectures.sqrt_l1 import SqrtL1
 from sae.architectures.topk import TopK
+from sae.architectures.transcoder import Transcoder
 from steerkit.errors import InputError, did_you_mean
 
 REGISTRY: dict[str, type[Config]] = {
     config.name: config
-    for config in (L1, SqrtL1, Gated, TopK, BatchTopK, JumpReLU, Matryoshka, HierarchicalTopK, PAnneal)
+    for config in (
+        L1,
+        SqrtL1,
+        Gated,
+        TopK,
+        BatchTopK,
+        JumpReLU,
+        Matryoshka,
+        HierarchicalTopK,
+        PAnneal,
+        Guided,
+        Transcoder,
+        Crosscoder,
+    )
 }
 
 
@@ -34,7 +50,9 @@ __all__ = [
     "SAE",
     "BatchTopK",
     "Config",
+    "Crosscoder",
     "Gated",
+    "Guided",
     "HierarchicalTopK",
     "JumpReLU",
     "Matryoshka",
@@ -44,5 +62,6 @@ __all__ = [
     "Step",
     "Terms",
     "TopK",
+    "Transcoder",
     "get",
 ]

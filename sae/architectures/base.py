@@ -12,8 +12,8 @@ way to compute it. Activations are in training units: unit mean square per coord
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,6 +40,8 @@ class Config:
     """The name on the command line and in files."""
     saelens_architecture: ClassVar[str] = "standard"
     """What SAELens calls the function that such an SAE computes."""
+    own_thresholds: ClassVar[str | None] = None
+    """What SAELens calls it with thresholds, if it does not become a plain JumpReLU SAE then."""
 
     def __post_init__(self) -> None:
         if self.d_sae < 1:
@@ -48,6 +50,18 @@ class Config:
     def build(self, d_in: int) -> SAE:
         """A freshly made SAE of this architecture for activations of width `d_in`."""
         raise NotImplementedError
+
+    def inputs(self, site: str) -> tuple[str, ...]:
+        """The sites whose activations, side by side, such an SAE of `site` encodes."""
+        return (site,)
+
+    def outputs(self, site: str) -> tuple[str, ...]:
+        """The sites whose activations, side by side, it reconstructs."""
+        return self.inputs(site)
+
+    def bound(self, site: str, width: Callable[[str], int]) -> Config:
+        """The config with what it must know of the sites' widths, if anything."""
+        return self
 
     def saelens_settings(self) -> dict[str, Any]:
         """What SAELens's `cfg.json` has of such an SAE beyond what all have."""
@@ -109,6 +123,15 @@ class Terms:
     """What products are computed in, sums and errors in that of the activations; None: that of the activations."""
     sparse: bool = False
     """Whether latents are so few that products go over them one by one: the same result, sooner."""
+    target: Float[Tensor, "n d_out"] | None = None
+    """What is to be reconstructed, in training units; None: the activations themselves."""
+    labels: Float[Tensor, "n n_labels"] | None = None
+    """Labels of the tokens, from 0 to 1; NaN: unknown."""
+
+    def rows(self, part: slice) -> Terms:
+        """The terms of a part of the batch."""
+        target, labels = (None if side is None else side[part] for side in (self.target, self.labels))
+        return replace(self, target=target, labels=labels)
 
 
 @dataclass
@@ -158,13 +181,15 @@ class SAE(nn.Module):
 
     @property
     def arch(self) -> str:
-        """The architecture's name; `jumprelu` once there is a threshold."""
-        return self.config.name if self.threshold is None else "jumprelu"
+        """The architecture's name; `jumprelu` once there is a threshold, unless that changes nothing of what it is."""
+        return self.config.name if self.threshold is None or self.config.own_thresholds else "jumprelu"
 
     @property
     def saelens_architecture(self) -> str:
         """What SAELens calls the function that this computes."""
-        return self.config.saelens_architecture if self.threshold is None else "jumprelu"
+        if self.threshold is None:
+            return self.config.saelens_architecture
+        return self.config.own_thresholds or "jumprelu"
 
     @property
     def device(self) -> torch.device:
@@ -190,8 +215,14 @@ class SAE(nn.Module):
         return latents @ self.W_dec + self.b_dec
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """The reconstruction of `x`."""
-        return self.decode(self.encode(x))
+        """The reconstruction of `x`, or of what else is to be reconstructed from it."""
+        return self.reconstruct(self.encode(x), x)
+
+    def reconstruct(
+        self, latents: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"]
+    ) -> Float[Tensor, "*batch d_out"]:
+        """`decode`, and what else goes into a reconstruction from `x`."""
+        return self.decode(latents)
 
     def loss(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Tensor:
         """The objective, mean over tokens, for autograd."""
@@ -294,11 +325,19 @@ class SAE(nn.Module):
         """Called once, on the trained SAE: what turns it from how it trained into how it is used."""
 
     @torch.no_grad()
-    def fold_scale(self, scale: float) -> None:
-        """Turn an SAE of `scale * x` into one of `x`. Latents stay what they were."""
-        self.W_enc.mul_(scale)
-        self.W_dec.div_(scale)
-        self.b_dec.div_(scale)
+    def fold_scale(
+        self,
+        scale: float | Float[Tensor, " d_in"],
+        target_scale: float | Float[Tensor, " d_out"] | None = None,
+    ) -> None:
+        """Turn an SAE of `scale * x` into one of `x`. Latents stay what they were.
+
+        The scale may differ by coordinate, and that of what is reconstructed from that of what is encoded.
+        """
+        target_scale = scale if target_scale is None else target_scale
+        self.W_enc.mul_(scale[:, None] if isinstance(scale, Tensor) else scale)
+        self.W_dec.div_(target_scale)
+        self.b_dec.div_(target_scale)
 
     @torch.no_grad()
     def jumprelu_weights(self) -> dict[str, Tensor]:
@@ -321,7 +360,7 @@ class SAE(nn.Module):
         An SAE with thresholds is written as `jumprelu`, whatever it was trained as.
         """
         own = {"arch": self.config.to_dict(), **self.metadata}
-        if self.threshold is None:
+        if self.threshold is None or self.config.own_thresholds:
             saelens.write(
                 path, self.saelens_architecture, self.state_dict(), self.config.saelens_settings(), own
             )

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae.architectures.base import SAE, Config, Step, Terms
+from sae.architectures.base import SAE, Config, Step, Terms, gradient
 from sae.kernels import make_pattern
 from steerkit.errors import InputError
 
@@ -65,11 +65,19 @@ class TopKSAE(SAE):
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
 
     def _encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        pre = (x - self.b_dec) @ self.W_enc + self.b_enc
+        pre = self.encoded(x) @ self.W_enc + self.b_enc
         if self.threshold is not None:
             return pre.relu_()
         values, indices = pre.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter_(-1, indices, values.relu())
+
+    def encoded(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """What the encoder's product is taken of."""
+        return x - self.b_dec
+
+    def without_latents(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """The reconstruction of a token on which no latent is active."""
+        return self.b_dec.expand_as(x)
 
     def choose(self, pre: Float[Tensor, "n d_sae"]) -> list[Entries]:
         """The latents that take part, by their pre-activations, as one group or more: what one group lacks of a reconstruction, the
@@ -78,32 +86,33 @@ class TopKSAE(SAE):
         return [flat(indices, values)]
 
     def loss(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Tensor:
-        pre = (x - self.b_dec) @ self.W_enc + self.b_enc
+        pre = self.encoded(x) @ self.W_enc + self.b_enc
         groups = self.choose(pre)
-        reconstruction, error = self.b_dec.expand_as(x), x.new_zeros(())
+        aim = x if terms.target is None else terms.target
+        reconstruction, error = self.without_latents(x), x.new_zeros(())
         for rows, columns, values in groups:
             latents = torch.zeros_like(pre).index_put((rows, columns), values.relu())
             reconstruction = reconstruction + latents @ self.W_dec
-            error = error + (reconstruction - x).square().sum(-1).mean() / len(groups)
+            error = error + (reconstruction - aim).square().sum(-1).mean() / len(groups)
         if terms.dead is None or not self.aux_coefficient or not terms.dead.any():
             return error
         which, chosen, weight = self._auxiliary(pre, terms.dead)
-        left_over = (x - reconstruction).detach() - chosen @ self.W_dec[which]
+        left_over = (aim - reconstruction).detach() - chosen @ self.W_dec[which]
         return error + weight * left_over.square().sum(-1).mean()
 
     @torch.no_grad()
     def gradients(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Step:
         n, dtype = len(x), terms.dtype or x.dtype
         W_enc, W_dec = self.W_enc.to(dtype), self.W_dec.to(dtype)
-        centred = x - self.b_dec
-        inputs = centred.to(dtype)
+        inputs = self.encoded(x).to(dtype)
+        aim = x if terms.target is None else terms.target
         pre = torch.addmm(self.b_enc.to(dtype), inputs, W_enc)
         groups = [
             (make_pattern(rows, columns, (n, self.d_sae), dtype), values.relu_())
             for rows, columns, values in self.choose(pre)
         ]
         step = Step.zero(self)
-        error = -centred
+        error = self.without_latents(x) - aim
         errors = []
         for pattern, values in groups:
             error = pattern.times(values, W_dec).to(x.dtype).add_(error)
@@ -120,9 +129,9 @@ class TopKSAE(SAE):
             auxiliary = which, chosen, left_over.mul_(-2 * weight / n).to(dtype)
         del pre
 
-        decoder, encoder = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
+        decoder, encoder = torch.zeros_like(W_dec), W_enc.new_zeros(self.d_sae, self.d_in)
         bias = torch.zeros_like(self.b_enc)
-        asked = torch.zeros_like(centred)
+        asked = torch.zeros_like(aim)
         for (pattern, values), error in zip(reversed(groups), reversed(errors)):
             asked = asked.add_(
                 error, alpha=2 / (n * len(groups))
@@ -138,11 +147,13 @@ class TopKSAE(SAE):
             encoder.index_add_(0, which, upstream.T @ inputs)
             bias.index_add_(0, which, upstream.sum(0, dtype=bias.dtype))
         self.W_dec.grad, self.W_enc.grad = decoder.to(x.dtype), encoder.T.to(x.dtype).contiguous()
-        self.b_enc.grad, self.b_dec.grad = (
-            bias,
-            asked.sum(0) - self.W_enc @ bias,
-        )
+        self.b_enc.grad = bias
+        self._affine_gradients(x, asked)
         return step
+
+    def _affine_gradients(self, x: Float[Tensor, "n d_in"], asked: Float[Tensor, "n d_out"]) -> None:
+        """The gradients of `encoded` and `without_latents`, after those of the latents; `asked` is that of the reconstruction."""
+        self.b_dec.grad = asked.sum(0) - self.W_enc @ gradient(self.b_enc)
 
     def _auxiliary(self, pre: Tensor, dead: Tensor) -> tuple[Tensor, Tensor, float]:
         """(indices of the dead latents, their pre-activations with all but the k_aux strongest zeroed, α·s)."""

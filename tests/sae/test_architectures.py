@@ -6,7 +6,7 @@ import torch
 import sae
 from sae.architectures import REGISTRY, Terms
 
-D_IN, D_SAE = 12, 40
+D_IN, D_OUT, D_SAE = 12, 9, 40
 CONFIGS = [
     sae.L1(D_SAE, target_l0=6.0),
     sae.SqrtL1(D_SAE, target_l0=6.0),
@@ -18,9 +18,18 @@ CONFIGS = [
     sae.BatchTopK(D_SAE, k=4),
     sae.Matryoshka(D_SAE, k=4, prefixes=(0.25, 0.5)),
     sae.HierarchicalTopK(D_SAE, k=4),
+    sae.Guided(D_SAE, k=4, labels=("a=1", "b=1", "c=1"), guidance=0.7, cond_loss_scaling=3.0),
+    sae.Transcoder(D_SAE, k=4, target_site="other", d_out=D_OUT),
+    sae.Transcoder(D_SAE, k=4, target_site="other", d_out=D_OUT, skip=True),
+    sae.Crosscoder(D_SAE, k=4, widths=(5, 7)),
 ]
 PENALISED = [config for config in CONFIGS if not hasattr(config, "k")]
-NAMES = [getattr(config, "sparsity", "l0").replace("l0", "") + config.name for config in CONFIGS]
+NAMES = [
+    getattr(config, "sparsity", "l0").replace("l0", "")
+    + getattr(config, "skip", False) * "skip_"
+    + config.name
+    for config in CONFIGS
+]
 EACH = pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 
 
@@ -29,13 +38,26 @@ def made(config, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(64, D_IN, generator=generator)
     model = config.build(D_IN)
-    model.initialise(x, x.mean(0), generator)
+    model.initialise(x, torch.full_like(model.b_dec, 0.1), generator)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     dead[[3, 7, 20, 21, 22, 23, 24, 25, 26]] = True
     return model.to(dtype), x.to(dtype), dead
+
+
+def terms(model, x, *args, **kwargs):
+    """Terms with whatever the architecture learns from beside the activations."""
+    generator = torch.Generator().manual_seed(1)
+    if model.config.name == "transcoder":
+        kwargs["target"] = torch.randn(len(x), D_OUT, generator=generator).to(x)
+    if model.config.name == "guided":
+        labels = torch.rand(len(x), 3, generator=generator).round().to(x)
+        labels[:, 1] = torch.rand(len(x), generator=generator).to(x)
+        labels[::3, 2] = torch.nan
+        kwargs["labels"] = labels
+    return Terms(*args, **kwargs)
 
 
 def test_every_registered_architecture_is_tested_here():
@@ -48,11 +70,11 @@ def test_every_registered_architecture_is_tested_here():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_gradients_by_hand_equal_autograd(config, some_dead, sparse, dtype):
     model, x, dead = made(config, dtype)
-    terms = Terms(0.3, dead & some_dead, progress=0.5, sparse=sparse)
-    loss = model.loss(x, terms)
+    given = terms(model, x, 0.3, dead & some_dead, progress=0.5, sparse=sparse)
+    loss = model.loss(x, given)
     loss.backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    step = model.gradients(x, terms)
+    step = model.gradients(x, given)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     assert float(step.loss) == pytest.approx(float(loss.detach()), rel=tolerance)
     for name, parameter in model.named_parameters():
@@ -64,12 +86,12 @@ def test_gradients_by_hand_equal_autograd(config, some_dead, sparse, dtype):
 def test_gradients_are_summed_over_parts_of_the_batch(config, sparse, monkeypatch):
     model, x, dead = made(config, torch.float64)
     x = torch.cat([x, x.flip(1), 2 * x[:40]])
-    terms = Terms(0.3, dead, sparse=sparse)
-    whole = model.gradients(x, terms)
+    given = terms(model, x, 0.3, dead, sparse=sparse)
+    whole = model.gradients(x, given)
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     monkeypatch.setattr("sae.architectures.base._CACHED", 1)
     assert len(list(model.row_chunks(x))) == 3
-    parts = model.gradients(x, terms)
+    parts = model.gradients(x, given)
     torch.testing.assert_close(vars(parts), vars(whole))
     torch.testing.assert_close(
         {name: parameter.grad for name, parameter in model.named_parameters()}, expected
@@ -89,7 +111,7 @@ def test_autograd_of_the_objective_is_right_away_from_kinks(config):
             self.inner = model
 
         def forward(self):
-            return self.inner.loss(x, Terms(0.3, dead & False))
+            return self.inner.loss(x, terms(model, x, 0.3, dead & False))
 
     def objective(bias):
         return torch.func.functional_call(Objective(), {f"inner.{name}": bias}, ())
@@ -101,7 +123,7 @@ def test_autograd_of_the_objective_is_right_away_from_kinks(config):
 @EACH
 def test_counts_and_l0_are_those_of_encode(config):
     model, x, dead = made(config)
-    step = model.gradients(x, Terms(0.3, dead))
+    step = model.gradients(x, terms(model, x, 0.3, dead))
     active = model.encode(x) > 0
     torch.testing.assert_close(step.counts, active.sum(0).float())
     assert float(step.l0) == pytest.approx(float(active.sum(1).float().mean()))
@@ -119,8 +141,9 @@ def test_folding_the_scale_changes_nothing_but_the_units(config):
 @EACH
 def test_initial_latents_are_about_as_sparse_as_asked_for(config):
     x = torch.randn(512, 64)
-    model = type(config)(**{**vars(config), "d_sae": 256}).build(64)
-    model.initialise(x, x.mean(0), torch.Generator().manual_seed(0))
+    sites = {"widths": (24, 40)} if config.name == "crosscoder" else {}
+    model = type(config)(**{**vars(config), "d_sae": 256, **sites}).build(64)
+    model.initialise(x, model.b_dec.detach().clone(), torch.Generator().manual_seed(0))
     l0 = float((model.encode(x) > 0).sum(1).float().mean())
     wanted = config.k if hasattr(config, "k") else 2 * config.target_l0
     assert l0 == pytest.approx(wanted, rel=0.35)
@@ -130,6 +153,8 @@ def test_initial_latents_are_about_as_sparse_as_asked_for(config):
 @EACH
 def test_any_batch_shape_is_encoded_alike(config):
     model, x, _ = made(config)
+    assert model.encode(x).shape == (64, D_SAE)
+    assert model(x).shape == (64, len(model.b_dec))
     torch.testing.assert_close(model(x.view(4, 16, D_IN)).flatten(0, 1), model(x))
 
 
@@ -137,6 +162,8 @@ def test_any_batch_shape_is_encoded_alike(config):
 def test_the_jumprelu_form_is_the_same_function(config):
     from sae.formats import as_jumprelu
 
+    if config.own_thresholds:
+        pytest.skip(f"a {config.name} with thresholds stays one")
     model, x, _ = made(config, torch.float64)
     model.threshold = torch.full((D_SAE,), 0.3, dtype=torch.float64)
     same = as_jumprelu(model).double()
