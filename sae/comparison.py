@@ -30,20 +30,22 @@ _CURVES = (
     ("fvu", "FVU", "Fraction of variance unexplained; lower is better."),
 )
 _COLUMNS = (
-    ("l0", "L0"),
-    ("fvu", "FVU"),
-    ("delta_ce", "ΔCE"),
-    ("ce_recovered", "CE recovered"),
-    ("ce_recovered_mean", "against mean"),
-    ("kl", "KL"),
-    ("final_cosine", "final cosine"),
-    ("cosine", "cosine"),
-    ("dead_fraction", "dead"),
+    ("l0", "L0", "{:.3g}"),
+    ("fvu", "FVU", "{:.3g}"),
+    ("delta_ce", "ΔCE", "{:.2g}"),
+    ("ce_recovered", "CE recovered", "{:.4f}"),
+    ("ce_recovered_mean", "against mean", "{:.4f}"),
+    ("kl", "KL", "{:.2g}"),
+    ("final_cosine", "final cosine", "{:.4f}"),
+    ("dead_fraction", "dead", "{:.1%}"),
 )
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "hexagon", "cross", "triangle-down")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _GREY = "rgba(128, 128, 128, 0.55)"
-_NULL, _CEILING = "random SAE", "posterior"
+_GREY_ROW = ' style="color: var(--quiet)"'
+_NULL = "random SAE"
+_GREYS = {_NULL: "line-ew-open", "token identity": "square-open", "posterior": "diamond-open"}
+"""What stands beside the runs in figures -> its symbol."""
 
 
 def comparison_page(results: Sequence[Result], path: str | Path, *, title: str = "SAEs compared") -> Path:
@@ -98,13 +100,12 @@ def _introduction(runs: Sequence[tuple[str, Result]]) -> str:
 
 
 def _table(runs: Sequence[tuple[str, Result]]) -> str:
-    columns = [(k, label) for k, label in _COLUMNS if any(result.get(k) is not None for _, result in runs)]
-    head = "".join(f'<th class="number">{label}</th>' for _, label in columns)
+    columns = [column for column in _COLUMNS if any(result.get(column[0]) is not None for _, result in runs)]
+    head = "".join(f'<th class="number">{label}</th>' for _, label, _ in columns)
     rows = []
     for name, result in runs:
-        cells = "".join(
-            _cell(result.get(key), (result.get("intervals") or {}).get(key)) for key, _ in columns
-        )
+        intervals = result.get("intervals") or {}
+        cells = "".join(_cell(result.get(key), intervals.get(key), digits) for key, _, digits in columns)
         width = result.get("d_sae")
         rows.append(
             f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(result.get('arch', '')))}</td>"
@@ -115,18 +116,17 @@ def _table(runs: Sequence[tuple[str, Result]]) -> str:
     )
 
 
-def _cell(value: float | None, interval: Mapping[str, float] | None) -> str:
+def _cell(value: float | None, interval: Mapping[str, float] | None, digits: str) -> str:
     if value is None or not math.isfinite(value):
         return '<td class="number">–</td>'
-    shown = _short(value)
+    shown = digits.format(value)
     if interval and interval.get("low") is not None:
-        ends = f"{_short(interval['low'])} – {_short(interval['high'])}"
-        shown += f'<br><small style="color: var(--quiet); white-space: nowrap">{ends}</small>'
+        between = " to " if interval["low"] < 0 else "–"
+        ends = between.join(digits.format(interval[end]) for end in ("low", "high"))
+        shown += (
+            f'<br><small style="color: var(--quiet); font-size: 11px; white-space: nowrap">{ends}</small>'
+        )
     return f'<td class="number">{shown}</td>'
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 0.1 else f"{value:.4g}"
 
 
 def _scrolling(table: str) -> str:
@@ -174,7 +174,7 @@ def _curve(runs: Sequence[tuple[str, Result]], key: str, label: str) -> Any:
     apart = key != "ce_recovered" and min(values) > 0 and max(values) > 10 * min(values)
     figure.update_layout(
         xaxis={"title": {"text": "L0, active latents a token"}},
-        yaxis={"title": {"text": label}, "type": "log" if apart else "linear"},
+        yaxis={"title": {"text": label}, **({"type": "log", "dtick": "D2"} if apart else {})},
         showlegend=True,
         height=380,
     )
@@ -224,49 +224,69 @@ def _densities(runs: Sequence[tuple[str, Result]]) -> Any:
 
 
 def _judging(runs: Sequence[tuple[str, Result]]) -> list[Any]:
-    first = runs[0][1]["judgement"]
-    basis = list(dict.fromkeys(result["judgement"]["examples"] for _, result in runs))
+    judgements = [(name, result["judgement"]) for name, result in runs]
+    basis = list(dict.fromkeys(judgement["examples"] for _, judgement in judgements))
     parts: list[Any] = [
         "<h2>Judged by labels</h2>",
         "<p>Balanced accuracy of the best 1, 2 and 5 latents (chance 0.5); monosemanticity FMS (0.25 for latents "
         "that know nothing); share of tokens whose concept is absorbed by a more specific latent; SCR and TPP, what "
-        "ablating five latents does to probes (0 for nothing). Bars are 95 % intervals, clustered by document. "
-        f"{html.escape('; '.join(basis))}.</p>",
-        _dots(runs),
+        "ablating five latents does to probes (0 for nothing). Bars are 95 % intervals, clustered by document; grey is "
+        f"what they stand beside. {html.escape('; '.join(basis))}.</p>",
+        _dots(judgements),
+        _judged_table(judgements),
     ]
-    for name, result in runs:
-        parts += [f"<h2>{html.escape(name)} beside its baselines</h2>", _judged_table(result["judgement"])]
-        notes = result["judgement"].get("notes") or []
-        if notes:
-            parts.append(f"<p>{html.escape(' '.join(notes))}</p>")
-    if len(first["concepts"]):
-        listed = ", ".join(html.escape(name) for name in first["concepts"])
-        parts.append(
-            f"<details><summary>{len(first['concepts'])} concepts</summary><p>{listed}</p></details>"
-        )
+    for key, label in (("scr", "SCR"), ("tpp", "TPP")):
+        if any(row[key] for _, judgement in judgements for row in judgement["rows"]):
+            parts += [
+                f"<h2>{label} by the number of latents ablated</h2>",
+                _by_number(judgements, key, label),
+            ]
+    notes = list(dict.fromkeys(note for _, judgement in judgements for note in judgement["notes"]))
+    if notes:
+        parts.append(f"<p>{html.escape('. '.join(notes))}.</p>")
+    concepts = list(dict.fromkeys(name for _, judgement in judgements for name in judgement["concepts"]))
+    listed = html.escape(", ".join(concepts))
+    parts.append(f"<details><summary>{len(concepts)} concepts</summary><p>{listed}</p></details>")
     return parts
 
 
-def _figures(row: Mapping[str, Any]) -> list[str]:
-    return [key for key in row if key not in ("name", "size")]
+def _lines(judgements: Sequence[tuple[str, Mapping[str, Any]]], key: str) -> list[tuple[str, Any, bool]]:
+    """(name, entry of `key`, whether it is a run's SAE): those of the runs, then of what they stand beside.
+
+    Baselines that are the same for several runs, as they do not depend on the SAE, are there once.
+    """
+    found = [(name, judgement[key][0], True) for name, judgement in judgements]
+    beside: dict[str, list[tuple[str, Any]]] = {}
+    for run, judgement in judgements:
+        for row in judgement[key][1:]:
+            known = beside.setdefault(row["name"], [])
+            if all(row != other for _, other in known):
+                known.append((run, row))
+    for name, rows in beside.items():
+        for run, row in rows:
+            owner = f" · {run}" if len(judgements) > 1 and (len(rows) > 1 or "SAE" in name) else ""
+            found.append((name + owner, row, False))
+    return found
 
 
-def _dots(runs: Sequence[tuple[str, Result]]) -> Any:
+def _dots(judgements: Sequence[tuple[str, Mapping[str, Any]]]) -> Any:
     from plotly import graph_objects as go
 
     figure = go.Figure()
-    tables = {name: {row["name"]: row for row in result["judgement"]["table"]} for name, result in runs}
-    measures = _figures(next(iter(tables[runs[0][0]].values())))
-    shown: list[tuple[str, Any, str]] = [(name, tables[name]["SAE"], "") for name, _ in runs]
-    first = runs[0][0]
-    for row, symbol in ((_NULL, "line-ew-open"), (_CEILING, "diamond-open")):
-        if row in tables[first]:
-            owner = f" of {first}" if row == _NULL and len(runs) > 1 else ""
-            shown.append((row + owner, tables[first][row], symbol))
-    for i, (name, row, symbol) in enumerate(shown):
-        found = [row.get(measure) for measure in measures]
-        marker: dict[str, Any] = {"size": 9, "symbol": symbol or _SYMBOLS[i % len(_SYMBOLS)]}
-        if symbol:
+    lines = _lines(judgements, "table")
+    measures = [key for key in lines[0][1] if key not in ("name", "size")]
+    beside = dict.fromkeys(_GREYS)
+    shown = []
+    for name, row, is_run in lines:
+        if is_run:
+            shown.append((name, row, ""))
+        elif row["name"] in beside:
+            beside.pop(row["name"])
+            shown.append((name, row, _GREYS[row["name"]]))
+    for i, (name, row, grey_symbol) in enumerate(shown):
+        found = [row[measure] for measure in measures]
+        marker: dict[str, Any] = {"size": 9, "symbol": grey_symbol or _SYMBOLS[i % len(_SYMBOLS)]}
+        if grey_symbol:
             marker["color"] = "rgb(128, 128, 128)"
         figure.add_scatter(
             x=measures,
@@ -277,25 +297,66 @@ def _dots(runs: Sequence[tuple[str, Result]]) -> Any:
                 "array": [cell["high"] - cell["estimate"] if cell else 0 for cell in found],
                 "arrayminus": [cell["estimate"] - cell["low"] if cell else 0 for cell in found],
                 "thickness": 1,
-                "width": 3,
+                "width": 2,
             },
             mode="markers",
             marker=marker,
+            cliponaxis=False,
             name=name,
             offsetgroup=str(i),
         )
-    figure.update_layout(scattermode="group", scattergap=0.4, showlegend=True, height=400)
+    figure.update_layout(scattermode="group", scattergap=0.3, showlegend=True, height=400)
     figure.update_layout(yaxis={"title": {"text": "score"}})
     return figure
 
 
-def _judged_table(judgement: Mapping[str, Any]) -> str:
-    measures = _figures(judgement["table"][0])
+def _by_number(judgements: Sequence[tuple[str, Mapping[str, Any]]], key: str, label: str) -> Any:
+    from plotly import graph_objects as go
+
+    figure = go.Figure()
+    seen = set()
+    for i, (name, row, is_run) in enumerate(_lines(judgements, "rows")):
+        measure = row[key]
+        if not measure or not (is_run or row["name"] == _NULL) or (row["name"] in seen):
+            continue
+        if not is_run:
+            seen.add(row["name"])
+        numbers = [int(n) for n in measure["score"]]
+        intervals = list(measure["score"].values())
+        figure.add_scatter(
+            x=numbers,
+            y=[interval["estimate"] for interval in intervals],
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [interval["high"] - interval["estimate"] for interval in intervals],
+                "arrayminus": [interval["estimate"] - interval["low"] for interval in intervals],
+                "thickness": 1,
+                "width": 2,
+            },
+            mode="lines+markers",
+            marker={"size": 8, "symbol": _SYMBOLS[i % len(_SYMBOLS)] if is_run else _GREYS[_NULL]},
+            line={"dash": _DASHES[i % len(_DASHES)], **({} if is_run else {"color": "rgb(128, 128, 128)"})},
+            name=name,
+        )
+    ticks = sorted({int(n) for trace in figure.data for n in trace.x})
+    figure.update_layout(
+        xaxis={"title": {"text": "latents ablated"}, "type": "log", "tickvals": ticks, "ticktext": ticks},
+        yaxis={"title": {"text": label}},
+        showlegend=True,
+        height=320,
+    )
+    return figure
+
+
+def _judged_table(judgements: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    lines = _lines(judgements, "table")
+    measures = [key for key in lines[0][1] if key not in ("name", "size")]
     head = "".join(f'<th class="number">{html.escape(name)}</th>' for name in measures)
     rows = "".join(
-        f'<tr><td>{html.escape(row["name"])}</td><td class="number">{row["size"]:,}</td>'
-        + "".join(_cell(row[name] and row[name]["estimate"], row[name]) for name in measures)
+        f'<tr{"" if is_run else _GREY_ROW}><td>{html.escape(name)}</td><td class="number">{row["size"]:,}</td>'
+        + "".join(_cell(row[key] and row[key]["estimate"], row[key], "{:.3f}") for key in measures)
         + "</tr>"
-        for row in judgement["table"]
+        for name, row, is_run in lines
     )
     return _scrolling(f'<table><tr><th></th><th class="number">candidates</th>{head}</tr>{rows}</table>')

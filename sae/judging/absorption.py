@@ -38,7 +38,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sae.judging.dictionaries import Dictionary, logistic
-from sae.judging.examples import Examples, clustered
+from sae.judging.examples import Examples, clustered, of_share
 from steerkit.errors import InputError
 from steerkit.runs import write_json
 from steerkit.stats import Interval, group_sums
@@ -126,9 +126,8 @@ def absorption(dictionary: Dictionary, examples: Examples, *, seed: int = 0) -> 
 
     def interval(column: int) -> Interval:
         with np.errstate(divide="ignore", invalid="ignore"):
-            return clustered(sums, lambda s: np.nanmean(s[..., column] / s[..., 3], axis=-1)).clipped(
-                0.0, 1.0
-            )
+            found = clustered(sums, lambda s: np.nanmean(s[..., column] / s[..., 3], axis=-1))
+        return of_share(found, len(sums))
 
     f1 = float(np.mean([row.f1 for row in rows]))
     return Absorption(dictionary.name, interval(0), interval(1), interval(2), f1, rows)

@@ -36,7 +36,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sae.judging.dictionaries import Dictionary
-from sae.judging.examples import Examples, balanced_accuracy, balanced_weights, clustered, hit_sums
+from sae.judging.examples import Examples, balanced_accuracy, balanced_weights, clustered, hit_sums, of_share
 from steerkit.errors import InputError
 from steerkit.runs import write_json
 from steerkit.stats import Interval
@@ -170,8 +170,8 @@ def monosemanticity(
     )
     return Monosemanticity(
         dictionary.name,
-        {p: clustered(scored, partial(mean_score, row=i)).clipped(0.0, 1.0) for i, p in enumerate(ps)},
-        clustered(scored, lambda total: np.nanmean(parts(total)[0], axis=-1)).clipped(0.0, 1.0),
+        {p: of_share(clustered(scored, partial(mean_score, row=i)), len(scored)) for i, p in enumerate(ps)},
+        of_share(clustered(scored, lambda total: np.nanmean(parts(total)[0], axis=-1)), len(scored)),
         {p: float(np.nanmean(local[i])) for i, p in enumerate(ps)},
         float(np.nanmean(global_)),
         {p: float(np.nanmean(within[i])) for i, p in enumerate(ps)},

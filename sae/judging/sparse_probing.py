@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sae.judging.dictionaries import Dictionary, logistic
-from sae.judging.examples import Examples, balanced_accuracy, clustered, hit_sums
+from sae.judging.examples import Examples, balanced_accuracy, clustered, hit_sums, of_share
 from steerkit.errors import InputError
 from steerkit.runs import write_json
 from steerkit.stats import Interval
@@ -131,4 +131,4 @@ def separation(
 
 def mean_interval(sums: Float[np.ndarray, "g concepts 4"]) -> Interval:
     """The mean balanced accuracy over concepts, jackknifed over groups."""
-    return clustered(sums, lambda s: np.nanmean(balanced_accuracy(s), axis=-1)).clipped(0.0, 1.0)
+    return of_share(clustered(sums, lambda s: np.nanmean(balanced_accuracy(s), axis=-1)), len(sums))

@@ -79,6 +79,8 @@ def test_a_latent_that_is_the_concept_probes_perfectly(generator):
         found = sparse_probing(Dictionary("x", columns), examples)
         assert found.candidates["a=no"][0] == 50
         assert found.accuracy[1].estimate == found.accuracy[5].estimate == 1.0
+        # Not one of 240 documents told wrong: Clopper and Pearson's interval.
+        assert found.accuracy[1].low == pytest.approx(0.025 ** (1 / 240))
 
 
 def test_two_latents_tell_what_one_cannot(generator):
@@ -247,6 +249,7 @@ def test_absorption_is_found_at_the_rate_at_which_it_was_built(generator, absorb
     assert set(row.specific) == set(range(1, 1 + absorbed))
     assert found.rate.estimate == pytest.approx(built_rate(examples, word, absorbed), abs=1e-9)
     assert found.missed.estimate == found.rate.estimate
+    assert found.rate.low <= found.rate.estimate < found.rate.high < found.rate.estimate + 0.06
     assert found.fraction.estimate == pytest.approx(found.rate.estimate, abs=0.1)
 
 
