@@ -52,6 +52,7 @@ _COLUMNS = (
     ("final_cosine", "final cosine"),
     ("dead_fraction", "dead"),
 )
+_GREY = "rgba(128, 128, 128, 0.8)"
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "hexagon")
 
 
@@ -194,7 +195,7 @@ def sweep_page(summary: Mapping[str, Any], path: str | Path, *, title: str = "SA
     sites = list(dict.fromkeys(group["site"] for group in groups))
     n_seeds = max(len(group["seeds"]) for group in groups)
     seeded = (
-        f"means of {n_seeds} seeds with 95 % intervals over them (Student's t)"
+        f"means of {n_seeds} seeds with 95 % intervals over them (Student's t), grey ones single seeds"
         if n_seeds > 1
         else "one seed each, with 95 % intervals over held-out documents"
     )
@@ -204,15 +205,18 @@ def sweep_page(summary: Mapping[str, Any], path: str | Path, *, title: str = "SA
     ]
     for site in sites:
         here = [group for group in groups if group["site"] == site]
-        parts.append(f"<h2><code>{html.escape(site)}</code></h2>")
+        parts.append(f"<h2>{html.escape(site)}</h2>")
         for key, label, caption in _CURVES:
             if any(group[key] is not None for group in here):
-                parts += [f"<h3>{label} against L0</h3><p>{caption}</p>", _curve(here, key, label)]
+                single = [result for result in results if result["site"] == site and n_seeds > 1]
+                parts += [f"<h3>{label} against L0</h3><p>{caption}</p>", _curve(here, single, key, label)]
         parts += ["<h3>All settings</h3>", _table(here)]
     return page(title, parts, path)
 
 
-def _curve(groups: Sequence[Mapping[str, Any]], key: str, label: str) -> Any:
+def _curve(
+    groups: Sequence[Mapping[str, Any]], single: Sequence[Mapping[str, Any]], key: str, label: str
+) -> Any:
     from plotly import graph_objects as go
 
     figure = go.Figure()
@@ -229,6 +233,16 @@ def _curve(groups: Sequence[Mapping[str, Any]], key: str, label: str) -> Any:
             marker={"size": 8, "symbol": _SYMBOLS[i % len(_SYMBOLS)]},
             line={"width": 1.5},
             name=name,
+            hovertemplate=f"%{{text}}<br>L0 %{{x:.4g}}<br>{label} %{{y:.4g}}<extra></extra>",
+        )
+    if single:
+        figure.add_scatter(
+            x=[result["l0"] for result in single],
+            y=[result[key] for result in single],
+            text=[html.escape(result["run"]) for result in single],
+            mode="markers",
+            marker={"size": 5, "symbol": "circle-open", "color": _GREY},
+            name="single seeds",
             hovertemplate=f"%{{text}}<br>L0 %{{x:.4g}}<br>{label} %{{y:.4g}}<extra></extra>",
         )
     means, l0s = [group[key]["mean"] for group in shown], [group["l0"]["mean"] for group in shown]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from steerkit.cli import cache, convert, dashboard, demo, doctor, evaluate, inspect, train
+from steerkit.cli import cache, convert, dashboard, demo, doctor, evaluate, inspect, sweep, train
 from steerkit.cli.common import command
 
 app = typer.Typer(
@@ -16,9 +16,13 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 train_app = typer.Typer(help="Train on a model's activations.", no_args_is_help=True, rich_markup_mode=None)
+sweep_app = typer.Typer(
+    help="Train many in one pass, and compare them.", no_args_is_help=True, rich_markup_mode=None
+)
 eval_app = typer.Typer(help="Evaluate on held-out text.", no_args_is_help=True, rich_markup_mode=None)
 convert_app = typer.Typer(help="Convert between file formats.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(train_app, name="train")
+app.add_typer(sweep_app, name="sweep")
 app.add_typer(eval_app, name="eval")
 app.add_typer(convert_app, name="convert")
 
@@ -28,6 +32,7 @@ app.command("inspect")(command(inspect.inspect))
 app.command("cache")(command(cache.cache))
 app.command("dashboard")(command(dashboard.dashboard))
 train_app.command("sae")(command(train.train_sae))
+sweep_app.command("sae")(command(sweep.sweep_sae))
 eval_app.command("sae")(command(evaluate.eval_sae))
 convert_app.command("sae")(command(convert.convert_sae))
 
