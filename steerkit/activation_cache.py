@@ -26,17 +26,18 @@ import re
 import shutil
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from steerkit.activations import Activations, require_same
+from steerkit import distributed
+from steerkit.activations import Activations, Columns, require_same
 from steerkit.blocks import Block, Statistics, read_block, site_names
 from steerkit.data import Documents, Permutation, file_sha256, load_documents, split_held_out
 from steerkit.errors import CheckpointError, InputError, NumericsError, SteerkitError
@@ -180,14 +181,22 @@ class ActivationCache:
     def rows(self, site: str, index: np.ndarray) -> Float[Tensor, "n width"]:
         """The activations of the tokens of these numbers, in float32 (or as stored, for bfloat16 and
         float16)."""
+        return self._gather(index, lambda shard, rows: shard.rows(site, rows))
+
+    def column(self, name: str, index: np.ndarray) -> Int[np.ndarray, " n"]:
+        """`token_ids`, `document` or `position` of the tokens of these numbers."""
+        found = self._gather(index, lambda shard, rows: shard.tensor(name)[torch.from_numpy(rows)])
+        return found.numpy().astype(np.int64)
+
+    def _gather(self, index: np.ndarray, read: Callable[[_Shard, np.ndarray], Tensor]) -> Tensor:
         shard_of = np.searchsorted(self._ends, index, side="right")
         by_place = np.argsort(index)
         out: Tensor | None = None
         for number, group in _groups(shard_of[by_place], by_place):
             shard = self._shards[number]
-            found = shard.rows(site, index[group] - (self._ends[number] - shard.tokens))
+            found = read(shard, index[group] - (self._ends[number] - shard.tokens))
             if out is None:
-                out = found.new_empty((len(index), found.shape[1]))
+                out = found.new_empty((len(index), *found.shape[1:]))
             out[torch.from_numpy(group)] = found
             self._resident += min(shard.bytes, len(group) * _FAULT_BYTES)
             if self._resident > _MAPPED_BYTES:
@@ -208,11 +217,11 @@ class ActivationCache:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        columns: Columns | None = None,
     ) -> CachedStream:
         """Endless batches in a global shuffle, new for each pass; by default of all sites."""
-        return CachedStream(
-            self, site_names(self.sites if sites is None else sites), batch_size, seed, dtype, device
-        )
+        names = site_names(self.sites if sites is None else sites)
+        return CachedStream(self, names, batch_size, seed, dtype, device, columns)
 
 
 class CachedStream:
@@ -229,6 +238,8 @@ class CachedStream:
         seed: int,
         dtype: torch.dtype,
         device: str | torch.device,
+        columns: Columns | None,
+        shared: bool = False,
     ) -> None:
         missing = [site for site in sites if site not in source.sites]
         if missing:
@@ -237,7 +248,7 @@ class CachedStream:
             )
         self.cache, self.sites, self.batch_size = source, sites, batch_size
         self.seed, self.dtype, self.device = seed, dtype, torch.device(device)
-        self.documents = source.train
+        self.documents, self.columns, self.shared = source.train, columns, shared
         self.tokens = 0
         """Tokens given out."""
         self.seconds_model = 0.0
@@ -265,7 +276,12 @@ class CachedStream:
                 for p in np.unique(numbers // n).tolist()
             ]
         )
+        if self.shared:
+            index = index[distributed.share(self.batch_size)]
         batch = {site: self.cache.rows(site, index).to(self.device, self.dtype) for site in self.sites}
+        if self.columns is not None:
+            where = (self.cache.column(name, index) for name in ("document", "position"))
+            batch |= {name: values.to(self.device) for name, values in self.columns(*where).items()}
         self.tokens += self.batch_size
         self.seconds_model += time.perf_counter() - started
         return batch
@@ -285,7 +301,9 @@ class CachedStream:
         self.cache.close()
 
     def _made_with(self) -> dict[str, Any]:
+        columns = {} if self.columns is None else {"columns": list(self.columns.names)}
         return {
+            **columns,
             "cache": self.cache.made_with,
             "sites": list(self.sites),
             "batch_size": self.batch_size,

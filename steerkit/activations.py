@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from steerkit import distributed
 from steerkit.blocks import Block, Statistics, is_sink, read_block, sink_threshold, site_names
 from steerkit.data import Documents, Permutation, load_documents
 from steerkit.errors import CheckpointError, InputError
@@ -44,6 +45,7 @@ from steerkit.tokens import (
 __all__ = [
     "ActivationStream",
     "Activations",
+    "Columns",
     "Layout",
     "Statistics",
     "TokenBatch",
@@ -125,12 +127,26 @@ class _Place:
     block: int = 0
 
 
+class Columns(Protocol):
+    """What stands beside activations, token by token; `steerkit.labels.TokenLabels` does."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    def __call__(
+        self, document: Int[np.ndarray, " n"], position: Int[np.ndarray, " n"]
+    ) -> dict[str, Float[Tensor, " n"]]: ...
+
+
 class ActivationStream:
     """Endless shuffled batches `{site: (batch_size, width)}` of a model's activations, pass after pass over
     the documents.
 
-    Passes over the text are shuffled anew each time. `state_dict()` is small, plain (JSON) data; after
-    `load_state_dict` a stream made with the same arguments goes on with bit-identical batches.
+    With `shared` the processes of a distributed run make each block together, and each gets its share of
+    every batch, the first rank the first rows: end to end they are what one process gets.
+
+    `columns` are handed out beside the activations, row by row, under their names. Passes over the text are
+    shuffled anew each time. `state_dict()` is small, plain (JSON) data; after `load_state_dict` a stream made
+    with the same arguments goes on with bit-identical batches.
     """
 
     def __init__(
@@ -146,12 +162,18 @@ class ActivationStream:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         prefetch: bool | Literal["auto"] = "auto",
+        columns: Columns | None = None,
+        shared: bool = False,
     ) -> None:
         self.sites = site_names(sites)
+        self.columns = columns
         self.documents = load_documents(documents)
         self.batch_size, self.block_tokens, self.batch_tokens = batch_size, block_tokens, batch_tokens
         self.seed, self.dtype = seed, dtype
         self.prefetch = model.device.type == "cuda" if prefetch == "auto" else prefetch
+        self.shared = shared
+        if shared and distributed.world_size() > 1:
+            self.prefetch = False  # ranks must not speak to each other from two threads at once
         self.tokens = 0
         """Tokens given out."""
         self.seconds_model = 0.0
@@ -195,9 +217,13 @@ class ActivationStream:
             missing -= end - self._offset
             self._offset = end
         self.tokens += self.batch_size
-        if len(pieces) == 1:
-            return pieces[0]
-        return {site: torch.cat([piece[site] for piece in pieces]) for site in self.sites}
+        whole = pieces[0]
+        if len(pieces) > 1:
+            whole = {name: torch.cat([piece[name] for piece in pieces]) for name in whole}
+        if not self.shared:
+            return whole
+        mine = distributed.share(self.batch_size)
+        return {name: values[mine] for name, values in whole.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The stream's place, and what it was made with, as plain data."""
@@ -229,7 +255,9 @@ class ActivationStream:
         self._rows = None
 
     def _made_with(self) -> dict[str, Any]:
+        columns = {} if self.columns is None else {"columns": list(self.columns.names)}
         return {
+            **columns,
             "documents": self.documents.fingerprint(),
             "sites": list(self.sites),
             "layout": self.layout.to_dict(),
@@ -293,6 +321,7 @@ class ActivationStream:
             buffers=buffers,
             place=f" of block {place.block}",
             cancelled=cancelled,
+            shared=self.shared,
         )
         known = {site: s.sink_threshold for site, s in self._statistics.items()}
         thresholds = known or whole.sink_thresholds(self.layout)
@@ -305,7 +334,9 @@ class ActivationStream:
             raise InputError(
                 f"{self.documents.name}: not one token that counts, without special and sink tokens."
             )
-        shuffled = _ShuffledBlock(block.acts, self._permutation(place.block, len(block)), after, buffers)
+        columns = {} if self.columns is None else self.columns(block.document, block.position)
+        order = self._permutation(place.block, len(block))
+        shuffled = _ShuffledBlock({**block.acts, **columns}, order, after, buffers)
         return shuffled, time.perf_counter() - started
 
     def _read_rows(self, place: _Place) -> tuple[list[Row], _Place]:

@@ -40,11 +40,17 @@ class Documents(Sequence[str]):
     is passed over."""
 
     def __init__(
-        self, texts: Sequence[str], name: str, fingerprint: Callable[[], str], indices: range | None = None
+        self,
+        texts: Sequence[str],
+        name: str,
+        fingerprint: Callable[[], str],
+        indices: range | None = None,
+        columns: Callable[[str], Sequence[Any]] | None = None,
     ) -> None:
         self.name = name
         self._texts = texts
         self._source_fingerprint = fingerprint
+        self._columns = columns
         self._indices = range(len(texts)) if indices is None else indices
 
     def __len__(self) -> int:
@@ -56,11 +62,23 @@ class Documents(Sequence[str]):
     def __getitem__(self, index: slice) -> Documents: ...
     def __getitem__(self, index: int | slice) -> str | Documents:
         if isinstance(index, slice):
-            return Documents(self._texts, self.name, self._source_fingerprint, self._indices[index])
+            indices = self._indices[index]
+            return Documents(self._texts, self.name, self._source_fingerprint, indices, self._columns)
         return self._texts[self._indices[index]]
 
     def __repr__(self) -> str:
         return f"Documents({self.name!r}, {len(self):,} documents)"
+
+    def column(self, name: str) -> Callable[[int], str | list[str]]:
+        """Index of a document -> its value in another column of the table, or (StoryWorld) of an attribute; a
+        list where each token has its own, "" where there is none.
+
+        Raises InputError when there is no such column.
+        """
+        if self._columns is None:
+            raise InputError(f"{self.name} has text alone: there is no column {name!r} beside it.")
+        values = self._columns(name)
+        return lambda index: values[self._indices[index]]
 
     def fingerprint(self) -> str:
         """A sha256 (hex) of the source's content and of which of its documents these are."""
@@ -190,14 +208,24 @@ def _storyworld(spec: str) -> Documents:
         sample = "\n".join(stories[i] for i in range(0, N_STORIES, N_STORIES // 100))
         return _sha256(f"{spec}:{N_STORIES}:{sample}".encode())
 
-    return Documents(stories, spec, fingerprint)
+    def attribute(name: str) -> Sequence[Any]:
+        if name not in storyworld.ATTRIBUTES:
+            known = storyworld.ATTRIBUTES
+            raise InputError(
+                f"No story has an attribute {name!r}.{did_you_mean(name, known)} There are {', '.join(known)}."
+            )
+        return _Stories(variant, name)
+
+    return Documents(stories, spec, fingerprint, columns=attribute)
 
 
-class _Stories(Sequence[str]):
-    """StoryWorld's stories: each is the first of its own seed's stream, so that any one can be told alone."""
+class _Stories(Sequence[Any]):
+    """StoryWorld's stories: each is the first of its own seed's stream, so that any one can be told alone.
 
-    def __init__(self, variant: str | None) -> None:
-        self.variant = variant
+    Their texts, or an attribute; of `voice`, which changes within a story, the values of all tokens."""
+
+    def __init__(self, variant: str | None, attribute: str | None = None) -> None:
+        self.variant, self.attribute = variant, attribute
 
     def __len__(self) -> int:
         return N_STORIES
@@ -205,7 +233,12 @@ class _Stories(Sequence[str]):
     def __getitem__(self, index: Any) -> Any:
         from steerkit import storyworld
 
-        return next(storyworld.stream(_STORY_SEED + range(N_STORIES)[index], self.variant)).text
+        story = next(storyworld.stream(_STORY_SEED + range(N_STORIES)[index], self.variant))
+        if self.attribute is None:
+            return story.text
+        if self.attribute == "voice":
+            return story.token_labels("voice")
+        return story.attributes[self.attribute]
 
 
 def _from_file(path: Path, text_column: str | None) -> Documents:
@@ -220,10 +253,13 @@ def _from_file(path: Path, text_column: str | None) -> Documents:
         raise InputError(f"{path} does not exist.")
     readers = {".txt": _text_lines, ".jsonl": _json_lines, ".parquet": _parquet}
     try:
-        texts = readers.get(path.suffix.lower(), _separated)(path, text_column)
+        read = readers.get(path.suffix.lower(), _separated)
+        texts = read(path, text_column)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
-    return Documents(texts, path.name, lambda: file_sha256(path))
+    return Documents(
+        texts, path.name, lambda: file_sha256(path), columns=lambda name: read(path, name, _as_value)
+    )
 
 
 class _Lines(Sequence[str]):
@@ -260,15 +296,15 @@ class _Lines(Sequence[str]):
         return line if self._read is None else self._read(line, number + 1)
 
 
-def _text_lines(path: Path, text_column: str | None) -> Sequence[str]:
+def _text_lines(path: Path, text_column: str | None, read: Any = None) -> Sequence[str]:
     if text_column is not None:
-        raise InputError(
-            f"{path} is plain text and has no columns: leave out the text column {text_column!r}."
-        )
+        raise InputError(f"{path} is plain text and has no columns: leave out the column {text_column!r}.")
     return _Lines(path)
 
 
-def _json_lines(path: Path, text_column: str | None) -> Sequence[str]:
+def _json_lines(
+    path: Path, text_column: str | None, read: Callable[[Any, str], str] | None = None
+) -> Sequence[str]:
     def record(line: str, number: int) -> dict[str, Any]:
         try:
             value = json.loads(line)
@@ -289,13 +325,13 @@ def _json_lines(path: Path, text_column: str | None) -> Sequence[str]:
         value = record(line, number)
         if column not in value:
             raise InputError(f"{path}, line {number} has no column {column!r}; it has {', '.join(value)}.")
-        return _as_text(value[column], f"{path}, line {number}, column {column!r}")
+        return (read or _as_text)(value[column], f"{path}, line {number}, column {column!r}")
 
     lines._read = text
     return lines
 
 
-def _separated(path: Path, text_column: str | None) -> Sequence[str]:
+def _separated(path: Path, text_column: str | None, read: Any = None) -> Sequence[str]:
     """A .csv (quoted fields) or .tsv file (no quoting: tabs and newlines cannot stand in a field)."""
     import csv
 
@@ -314,7 +350,9 @@ def _separated(path: Path, text_column: str | None) -> Sequence[str]:
     return table[column].tolist()
 
 
-def _parquet(path: Path, text_column: str | None) -> Sequence[str]:
+def _parquet(
+    path: Path, text_column: str | None, read: Callable[[Any, str], str] | None = None
+) -> Sequence[str]:
     import pyarrow
     import pyarrow.parquet
 
@@ -324,7 +362,7 @@ def _parquet(path: Path, text_column: str | None) -> Sequence[str]:
         values = file.read(columns=[column]).column(column)
     except pyarrow.ArrowInvalid as error:
         raise InputError(f"{path} is no readable Parquet file: {error}.") from None
-    return _Column(str(path), column, lambda index: values[index].as_py(), len(values))
+    return _Column(str(path), column, lambda index: values[index].as_py(), len(values), read)
 
 
 def _from_hub(spec: str, text_column: str | None) -> Documents:
@@ -345,22 +383,42 @@ def _from_hub(spec: str, text_column: str | None) -> Documents:
     split = "train" if "train" in splits else next(iter(splits))
     table = splits[split]
     column = _column(f"{spec} ({split})", table.column_names, text_column)
-    texts = _Column(spec, column, lambda index: table[index][column], len(table))
-    return Documents(texts, spec, lambda: _sha256(f"{spec}:{split}:{column}:{table._fingerprint}".encode()))
+    source = f"{spec} ({split})"
+
+    def values(name: str, read: Callable[[Any, str], str] | None = None) -> Sequence[str]:
+        return _Column(spec, name, lambda index: table[index][name], len(table), read)
+
+    def fingerprint() -> str:
+        return _sha256(f"{spec}:{split}:{column}:{table._fingerprint}".encode())
+
+    return Documents(
+        values(column),
+        spec,
+        fingerprint,
+        columns=lambda name: values(_column(source, table.column_names, name), _as_value),
+    )
 
 
 class _Column(Sequence[str]):
     """One column of a table that is read by index."""
 
-    def __init__(self, source: str, column: str, read: Callable[[int], Any], n: int) -> None:
+    def __init__(
+        self,
+        source: str,
+        column: str,
+        read: Callable[[int], Any],
+        n: int,
+        convert: Callable[[Any, str], str] | None = None,
+    ) -> None:
         self._source, self._column, self._read, self._n = source, column, read, n
+        self._convert = convert or _as_text
 
     def __len__(self) -> int:
         return self._n
 
     def __getitem__(self, index: Any) -> Any:
         row = range(self._n)[index]
-        return _as_text(self._read(row), f"{self._source}, row {row}, column {self._column!r}")
+        return self._convert(self._read(row), f"{self._source}, row {row}, column {self._column!r}")
 
 
 def _column(source: str, columns: Sequence[str], wanted: str | None) -> str:
@@ -382,6 +440,10 @@ def _as_text(value: Any, where: str) -> str:
             f"{where} holds a {type(value).__name__}, not text: name the text column with --text-column."
         )
     return value
+
+
+def _as_value(value: Any, where: str) -> str:
+    return "" if value is None else str(value)
 
 
 def _sha256(*parts: bytes) -> str:
