@@ -2,9 +2,11 @@
 
     python scripts/bench_sae.py                                  # d 512, 4,096 latents, batches of 4,096, all that is installed
     python scripts/bench_sae.py --archs gated --rounds 20 --threads 2
+    python scripts/bench_sae.py --device cuda --dtype bfloat16 --d-in 2048 --d-sae 32768 --archs topk batch_topk gated l1 jumprelu
 
 The floor is what a dense step cannot go below: five products of the step's shape (encode, decode, and the gradients of latents,
-decoder and encoder), measured in the same process. In each round the floor, we and every peer take a step on the same batch, one
+decoder and encoder), measured in the same process and in the dtype that steps compute products in (bfloat16: weights stay in
+float32; the peers run under torch's autocast). In each round the floor, we and every peer take a step on the same batch, one
 after another, so that whatever else the machine does weighs on all alike; a share is floor / step within a round. A step is
 everything: forward, backward, clipping, optimiser, normalisation, schedules, counts of dead latents.
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import time
@@ -33,6 +36,7 @@ from sae.training import Trainer
 from steerkit.activations import Statistics
 
 Step = Callable[[Tensor], Any]
+ARCHITECTURES = ["gated", "l1", "topk", "batch_topk", "jumprelu"]
 TOTAL_STEPS = 10_000
 """Length of the run that the timed steps belong to."""
 
@@ -45,9 +49,10 @@ def activations(n: int, d: int, generator: torch.Generator) -> Tensor:
     return x * (d * n / x.square().sum()).sqrt()
 
 
-def floor(d: int, d_sae: int, n: int) -> Step:
-    x, error = torch.randn(n, d), torch.randn(n, d)
-    latents, W_enc, W_dec = torch.randn(n, d_sae), torch.randn(d, d_sae), torch.randn(d_sae, d)
+def floor(x: Tensor, d_sae: int, dtype: torch.dtype) -> Step:
+    n, d = x.shape
+    shapes = [(n, d), (n, d), (n, d_sae), (d, d_sae), (d_sae, d)]
+    x, error, latents, W_enc, W_dec = (torch.randn(shape, device=x.device, dtype=dtype) for shape in shapes)
 
     def step(batch: Tensor) -> None:
         torch.mm(x, W_enc)
@@ -59,43 +64,51 @@ def floor(d: int, d_sae: int, n: int) -> Step:
     return step
 
 
-def ours(arch: str, x: Tensor, d_sae: int, k: int) -> Step:
+def ours(arch: str, x: Tensor, d_sae: int, k: int, dtype: torch.dtype) -> Step:
     n, d = x.shape
-    sparsity = {"k": k} if arch == "topk" else {"target_l0": float(k)}
-    config = sae.TrainConfig(batch_size=n)
+    sparsity = {"k": k} if arch.endswith("topk") else {"target_l0": float(k)}
+    config = sae.TrainConfig(batch_size=n, dtype=str(dtype).removeprefix("torch."))
     statistics_ = Statistics(x.mean(0), 1.0, None, n)
     trainer = Trainer(
-        sae.get(arch)(d_sae, **sparsity), "bench", statistics_, TOTAL_STEPS * n, config, torch.device("cpu")
+        sae.get(arch)(d_sae, **sparsity), "bench", statistics_, TOTAL_STEPS * n, config, x.device
     )
     return trainer.step
 
 
-def sae_lens(arch: str, x: Tensor, d_sae: int, k: int) -> Step:
+def sae_lens(arch: str, x: Tensor, d_sae: int, k: int, dtype: torch.dtype) -> Step:
+    import sae_lens.saes as saes
     from sae_lens import LoggingConfig
     from sae_lens.config import SAETrainerConfig
-    from sae_lens.saes import gated_sae, standard_sae, topk_sae
     from sae_lens.training.sae_trainer import SAETrainer
 
     n, d = x.shape
-    make: dict[str, Callable[[], Any]] = {
-        "l1": lambda: standard_sae.StandardTrainingSAE(
-            standard_sae.StandardTrainingSAEConfig(d_in=d, d_sae=d_sae)
-        ),
-        "gated": lambda: gated_sae.GatedTrainingSAE(gated_sae.GatedTrainingSAEConfig(d_in=d, d_sae=d_sae)),
-        "topk": lambda: topk_sae.TopKTrainingSAE(topk_sae.TopKTrainingSAEConfig(d_in=d, d_sae=d_sae, k=k)),
+    names = {
+        "l1": "Standard",
+        "gated": "Gated",
+        "topk": "TopK",
+        "batch_topk": "BatchTopK",
+        "jumprelu": "JumpReLU",
     }
+    name = f"{names[arch]}TrainingSAE"
+    settings = {"k": k} if arch.endswith("topk") else {}
+    config_ = getattr(saes, f"{name}Config")(d_in=d, d_sae=d_sae, device=str(x.device), **settings)
+    coder = getattr(saes, name)(config_)
     config = SAETrainerConfig(
         total_training_samples=TOTAL_STEPS * n,
         train_batch_size_samples=n,
         lr_end=3e-5,
+        device=str(x.device),
+        autocast=dtype == torch.bfloat16,
         logger=LoggingConfig(log_to_wandb=False),
     )
-    trainer = SAETrainer(config, make[arch](), data_provider=iter(()))
+    trainer = SAETrainer(config, coder, data_provider=iter(()))
     return lambda batch: trainer._train_step(trainer.sae, batch)
 
 
-def dictionary_learning(arch: str, x: Tensor, d_sae: int, k: int) -> Step:
+def dictionary_learning(arch: str, x: Tensor, d_sae: int, k: int, dtype: torch.dtype) -> Step:
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.gdm import GatedSAETrainer
+    from dictionary_learning.trainers.jumprelu import JumpReluTrainer
     from dictionary_learning.trainers.standard import StandardTrainer
     from dictionary_learning.trainers.top_k import TopKTrainer
 
@@ -105,26 +118,35 @@ def dictionary_learning(arch: str, x: Tensor, d_sae: int, k: int) -> Step:
         "dict_size": d_sae,
         "layer": 0,
     }
-    options |= {"lm_name": "bench", "device": "cpu"}
+    options |= {"lm_name": "bench", "device": str(x.device)}
     trainers = {"l1": StandardTrainer, "gated": GatedSAETrainer, "topk": TopKTrainer}
-    trainer = trainers[arch](**options, **({"k": k} if arch == "topk" else {}))
+    trainers |= {"batch_topk": BatchTopKTrainer, "jumprelu": JumpReluTrainer}
+    trainer = trainers[arch](**options, **({"k": k} if arch.endswith("topk") else {}))
     count = iter(range(1, TOTAL_STEPS))  # their step 0 only sets the bias
-    return lambda batch: trainer.update(next(count), batch)
+
+    def step(batch: Tensor) -> None:
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            trainer.update(next(count), batch)
+
+    return step
 
 
-def sparsify(arch: str, x: Tensor, d_sae: int, k: int) -> Step | None:
+def sparsify(arch: str, x: Tensor, d_sae: int, k: int, dtype: torch.dtype) -> Step | None:
     if arch != "topk":
         return None
+    if x.device.type == "cpu":
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it takes Triton's presence for a GPU's
     from sparsify.config import SparseCoderConfig
     from sparsify.sparse_coder import SparseCoder
 
-    coder = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=d_sae, k=k))
+    coder = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=d_sae, k=k), device=x.device)
     optimiser = torch.optim.Adam(coder.parameters(), lr=1e-3)
-    silent = torch.zeros(d_sae, dtype=torch.long)
+    silent = torch.zeros(d_sae, dtype=torch.long, device=x.device)
 
     def step(batch: Tensor) -> None:
         coder.set_decoder_norm_to_unit_norm()
-        out = coder(batch, dead_mask=silent > 10_000_000)
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = coder(batch, dead_mask=silent > 10_000_000)
         (out.fvu + out.auxk_loss / 32).backward()
         silent.add_(len(batch))
         silent[out.latent_indices.flatten()] = 0
@@ -146,11 +168,12 @@ PEERS["eai-sparsify"] = ("sparsify", sparsify)
 def measure(arch: str, arguments: argparse.Namespace, peers: dict[str, Any]) -> dict[str, Any]:
     """Seconds of a step and shares of the floor, for us and every peer."""
     generator = torch.Generator().manual_seed(0)
-    x = activations(arguments.batch, arguments.d_in, generator)
+    x = activations(arguments.batch, arguments.d_in, generator).to(arguments.device)
+    dtype = getattr(torch, arguments.dtype)
     torch.manual_seed(0)
-    steps: dict[str, Step] = {"floor": floor(arguments.d_in, arguments.d_sae, arguments.batch)}
+    steps: dict[str, Step] = {"floor": floor(x, arguments.d_sae, dtype)}
     for name, make in {"steerkit": ours, **peers}.items():
-        step = make(arch, x, arguments.d_sae, arguments.k)
+        step = make(arch, x, arguments.d_sae, arguments.k, dtype)
         if step is not None:
             steps[name] = step
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -158,6 +181,8 @@ def measure(arch: str, arguments: argparse.Namespace, peers: dict[str, Any]) -> 
         for name, step in steps.items():
             started = time.perf_counter()
             step(x)
+            if x.device.type == "cuda":
+                torch.cuda.synchronize()
             if round_ >= arguments.warmup:
                 seconds[name].append(time.perf_counter() - started)
     found = {}
@@ -168,13 +193,17 @@ def measure(arch: str, arguments: argparse.Namespace, peers: dict[str, Any]) -> 
     return found
 
 
+def installed_peers() -> tuple[dict[str, Any], list[str]]:
+    """(those that are installed, names of the others)."""
+    peers = {name: make for name, (module, make) in PEERS.items() if importlib.util.find_spec(module)}
+    return peers, [name for name in PEERS if name not in peers]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--archs", nargs="+", default=["gated", "l1", "topk"], choices=["gated", "l1", "topk"]
-    )
+    parser.add_argument("--archs", nargs="+", default=["gated", "l1", "topk"], choices=ARCHITECTURES)
     parser.add_argument("--d-in", type=int, default=512)
     parser.add_argument("--d-sae", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=4096)
@@ -182,21 +211,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(arguments.threads)
 
-    peers, skipped = {}, []
-    for name, (module, make) in PEERS.items():
-        if importlib.util.find_spec(module) is None:
-            skipped.append(name)
-        else:
-            peers[name] = make
+    peers, skipped = installed_peers()
     for name in skipped:
         print(f"{name} is not installed and is skipped (pip install {name}).")
     shape = f"d {arguments.d_in}, {arguments.d_sae:,} latents, batch {arguments.batch:,}, k {arguments.k}"
     print(
-        f"{date.today()}, {platform.machine()}, {arguments.threads} threads, torch {torch.__version__}; {shape}"
+        f"{date.today()}, {platform.machine()}, {arguments.device}, {arguments.dtype}, {arguments.threads} threads, "
+        f"torch {torch.__version__}; {shape}"
     )
     print(f"{arguments.rounds} rounds, alternating; share of the dense floor: median (quartiles)\n")
     results = {}
@@ -205,7 +232,7 @@ def main() -> None:
         for name, row in results[arch].items():
             low, high = row["quartiles"]
             print(
-                f"{arch:6} {name:20} {row['seconds']:7.3f} s   {row['share']:.2f} ({low:.2f}–{high:.2f})",
+                f"{arch:10} {name:20} {row['seconds']:8.4f} s   {row['share']:.2f} ({low:.2f}–{high:.2f})",
                 flush=True,
             )
         print()
