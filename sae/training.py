@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae import formats
-from sae.architectures import SAE, Config, Sparsity, Terms
+from sae.architectures import SAE, Config, Sparsity, Step, Terms
 from sae.checkpoint import Checkpoints
 from sae.dashboard.value import Dashboard
 from sae.evaluation import Evaluation, evaluate, evaluate_all
@@ -37,6 +37,7 @@ from sae.kernels import is_fast
 from sae.latents import collect_latents
 from sae.schedule import TargetL0, learning_rate_factor
 from sae.sweep import Job, job_names, summarise, sweep_page
+from steerkit import distributed
 from steerkit.activation_cache import ActivationCache, is_cache
 from steerkit.activations import ActivationStream, Statistics, Tokenization
 from steerkit.data import Documents, load_documents, split_held_out
@@ -71,7 +72,10 @@ class TrainConfig:
     dead_after: int | None = None
     """A latent that has been silent for so many tokens counts as dead; by default a twentieth of the run, at most 10 M."""
     dtype: str = "float32"
-    """What the products are computed in: float32, or bfloat16 with float32 weights and sums."""
+    """What the products are computed in: float32, or bfloat16 with float32 weights and sums; tf32 is float32 on CUDA's tensor
+    cores; with float64 weights and sums are in it too."""
+    micro_batch: int | None = None
+    """Tokens that gradients are computed of at once, on each process; they are summed to those of the batch. None: all of them."""
     block_tokens: int = 65_536
     """Tokens that are shuffled together."""
     held_out_tokens: int = 200_000
@@ -80,12 +84,14 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "block_tokens", "held_out_tokens", "log_every"):
+        for name in ("batch_size", "micro_batch", "block_tokens", "held_out_tokens", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InputError(f"dtype is {self.dtype!r}; training is done in float32 or bfloat16.")
+        if self.dtype not in ("float32", "tf32", "bfloat16", "float64"):
+            raise InputError(
+                f"dtype is {self.dtype!r}; training is done in float32, tf32, bfloat16 or float64."
+            )
         if self.lr is not None and not self.lr > 0:
             raise InputError(f"lr is {self.lr}; it must be positive.")
         for name in ("warmup", "decay"):
@@ -102,6 +108,16 @@ class TrainConfig:
         lr = self.lr or min(0.01, 5e-3 * (1000 * batch_size / tokens) ** 0.5)
         dead_after = self.dead_after or min(10_000_000, tokens // 20)
         return replace(self, batch_size=batch_size, lr=lr, dead_after=dead_after)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What products are computed in."""
+        return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """What weights and sums are in."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
 
     def with_(self, settings: Mapping[str, Any]) -> TrainConfig:
         """A copy with other values. Raises InputError for a setting that does not exist."""
@@ -544,9 +560,15 @@ class Trainer:
         self.arch, self.site, self.config, self.device = arch, site, config, device
         self.batch_size, self.lr, self.dead_after = config.batch_size, config.lr, config.dead_after
         self.scale = statistics.scale
-        self.mean = statistics.mean.to(device) * self.scale
+        self.mean = statistics.mean.to(device, config.weight_dtype) * self.scale
         self.n_steps = tokens // self.batch_size
-        self.sae = arch.build(len(self.mean)).to(device)
+        self.sae = arch.build(len(self.mean)).to(device, config.weight_dtype)
+        distributed.share(self.batch_size)
+        if config.micro_batch is not None and self.sae.needs_whole_batch:
+            raise InputError(
+                f"{arch.name} chooses its latents over the whole batch, which cannot be cut into micro-batches: "
+                "leave out micro_batch, or take a smaller batch_size."
+            )
         self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=self.lr, betas=config.betas, fused=True)
         self.silent = torch.zeros(arch.d_sae, dtype=torch.int64, device=device)
         self.controller: TargetL0 | None = None
@@ -574,11 +596,15 @@ class Trainer:
         return fixed * min(1.0, (self.steps + 1) / max(1.0, self.config.warmup * self.n_steps))
 
     def step(self, batch: Float[Tensor, "n d_in"]) -> None:
-        """Learn from one batch. Raises NumericsError, before anything has changed, if it makes loss or gradient NaN or infinite."""
-        x = batch.to(self.device, torch.float32) * self.scale
+        """Learn from one batch: in a distributed run, from all processes' shares of it, alike on every one.
+
+        Raises NumericsError, before anything has changed, if it makes loss or gradient NaN or infinite.
+        """
+        x = batch.to(self.device, self.config.weight_dtype) * self.scale
         if self.steps == 0:
             generator = torch.Generator().manual_seed(self.config.seed)
-            self.sae.initialise(x, self.mean, generator)
+            self.sae.initialise(distributed.gather(x), self.mean, generator)
+            distributed.same_as_first(self.sae.state_dict().values())
         elif self.sae.uses_penalty:
             self._revive(x)
         coefficient = self.coefficient
@@ -586,11 +612,13 @@ class Trainer:
             coefficient=coefficient,
             dead=self.silent > self.dead_after,
             progress=self.steps / self.n_steps,
-            dtype=getattr(torch, self.config.dtype),
+            dtype=self.config.product_dtype,
             sparse=self.l0 < SPARSE_DENSITY * self.arch.d_sae
-            and is_fast(self.device, getattr(torch, self.config.dtype)),
+            and is_fast(self.device, self.config.product_dtype),
         )
-        outcome = self.sae.gradients(x, terms)
+        with _tensor_cores(self.config.dtype == "tf32"):
+            outcome = self._gradients(x, terms)
+        variance = distributed.mean((x - self.mean).square().sum() / len(x))
         self.sae.remove_parallel_gradient()
         loss, norm = float(outcome.loss), self._clip()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -603,7 +631,7 @@ class Trainer:
             group["lr"] = self.lr * factor
         self.optimiser.step()
         self.sae.constrain()
-        self.silent.add_(len(x)).masked_fill_(outcome.counts > 0, 0)
+        self.silent.add_(self.batch_size).masked_fill_(outcome.counts > 0, 0)
         l0 = float(outcome.l0)
         self.l0 = 0.8 * self.l0 + 0.2 * l0 if self.steps else l0
         if self.controller is not None:
@@ -612,11 +640,36 @@ class Trainer:
         self._add(
             loss=loss,
             mse=float(outcome.mse),
-            variance=float((x - self.mean).square().sum()) / len(x),
+            variance=float(variance),
             l0=l0,
             batches=1,
         )
         self._add_last(coefficient=coefficient, lr=self.lr * factor)
+
+    def _gradients(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Step:
+        """The whole batch's gradients, from micro-batches and all processes, and what the batch gave."""
+        size = self.config.micro_batch or len(x)
+        parts = [slice(start, start + size) for start in range(0, len(x), size)]
+        if len(parts) == 1:
+            step = self.sae.gradients(x, terms)
+        else:
+            step = Step.zero(self.sae)
+            sums = {parameter: torch.zeros_like(parameter) for parameter in self.sae.parameters()}
+            for part in parts:
+                own = self.sae.gradients(x[part], terms.rows(part))
+                share = len(x[part]) / len(x)
+                for parameter, total in sums.items():
+                    if parameter.grad is not None:
+                        total.add_(parameter.grad, alpha=share)
+                step.counts += own.counts
+                for total, value in ((step.loss, own.loss), (step.mse, own.mse), (step.l0, own.l0)):
+                    total += share * value
+            for parameter, total in sums.items():
+                parameter.grad = total
+        distributed.average(*(p.grad for p in self.sae.parameters() if p.grad is not None))
+        distributed.average(step.loss, step.mse, step.l0)
+        distributed.add_up(step.counts)
+        return step
 
     def _revive(self, x: Float[Tensor, "n d_in"]) -> None:
         """Give the latents that have been silent for long a new start, now and then in the first part of the run."""
@@ -626,7 +679,10 @@ class Trainer:
         dead = (self.silent > self.dead_after).nonzero().flatten()
         if not len(dead):
             return
-        self.sae.revive(x, dead, torch.Generator().manual_seed(self.config.seed + self.steps))
+        self.sae.revive(
+            distributed.gather(x), dead, torch.Generator().manual_seed(self.config.seed + self.steps)
+        )
+        distributed.same_as_first(self.sae.state_dict().values())
         self.silent[dead] = 0
         for parameter in self.sae.parameters():
             if parameter is not self.sae.b_dec:
@@ -671,7 +727,7 @@ class Trainer:
 
     def result(self) -> SAE:
         """The SAE for raw activations, a copy."""
-        sae = self.arch.build(self.sae.d_in).to(self.device)
+        sae = self.arch.build(self.sae.d_in).to(self.device, self.config.weight_dtype)
         sae.load_state_dict(self.sae.state_dict())
         sae.finish()
         sae.fold_scale(self.scale)
@@ -846,6 +902,17 @@ def _load(trainers: Mapping[str, Trainer], tensors: Mapping[str, Tensor], state:
             if key.startswith(f"{name}/")
         }
         trainer.load(own, state["jobs"][name])
+
+
+@contextlib.contextmanager
+def _tensor_cores(wanted: bool) -> Iterator[None]:
+    """Products in TF32 on CUDA, if they are wanted so."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = wanted or before
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 class _Clock:

@@ -218,10 +218,12 @@ class ActivationCache:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         columns: Columns | None = None,
+        shared: bool = False,
     ) -> CachedStream:
-        """Endless batches in a global shuffle, new for each pass; by default of all sites."""
+        """Endless batches in a global shuffle, new for each pass; by default of all sites. With `shared` each process of a
+        distributed run gets its share of every batch."""
         names = site_names(self.sites if sites is None else sites)
-        return CachedStream(self, names, batch_size, seed, dtype, device, columns)
+        return CachedStream(self, names, batch_size, seed, dtype, device, columns, shared)
 
 
 class CachedStream:

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from steerkit import distributed
 from steerkit.errors import InputError, NumericsError
 from steerkit.tokens import BATCH_TOKENS, Layout, Model, Row, RowReader, TokenBatch, length_sorted
 
@@ -136,11 +137,13 @@ def read_block(
     buffers: dict[str, Tensor] | None = None,
     place: str = "",
     cancelled: Callable[[], bool] = lambda: False,
+    shared: bool = False,
 ) -> Block:
     """Run the model over `rows` in batches of like length and keep the tokens that count.
 
     The block's activations are written into `buffers` where those are large enough; larger ones are put
-    there.
+    there. With `shared` each process of a distributed run does some of the forwards, and all get the block,
+    bit by bit the same as from one process.
 
     Raises NumericsError, naming site, `place` and documents, on NaN or inf; Cancelled soon after
     `cancelled()` is true.
@@ -151,7 +154,10 @@ def read_block(
     acts: dict[str, Tensor] = {}
     index = np.empty((4, n), dtype=np.int64)
     end = 0
-    for group in length_sorted(rows, batch_tokens):
+    groups = length_sorted(rows, batch_tokens)
+    rank, ranks = (distributed.rank(), distributed.world_size()) if shared else (0, 1)
+    own = np.zeros(n, dtype=bool)
+    for turn, group in enumerate(groups):
         if cancelled():
             raise Cancelled
         batch = reader.batch(group)
@@ -160,6 +166,11 @@ def read_block(
         row = torch.tensor([numbers[id(row)] for row in group])[:, None].expand_as(batch.keep)
         for line, values in enumerate((batch.input_ids, batch.token_document, batch.token_position, row)):
             index[line, here] = values.flatten()[kept].numpy()
+        own[here] = turn % ranks == rank
+        if turn % ranks != rank and (
+            acts or turn + 1 < len(groups)
+        ):  # the last one tells idle ranks the widths
+            continue
         for site, found in _forward(reader.model, batch, sites).items():
             flat = found.flatten(0, 1)
             if site not in acts:
@@ -167,6 +178,10 @@ def read_block(
                     buffers[site] = flat.new_empty((n + reader.layout.context, flat.shape[1]))
                 acts[site] = buffers[site][:n]
             torch.index_select(flat, 0, kept.to(flat.device), out=acts[site][here])
+    if ranks > 1:
+        for values in acts.values():
+            values[torch.from_numpy(~own).to(values.device)] = 0
+            distributed.add_up(values)
     norms = {site: _norms(values) for site, values in acts.items()}
     for site in acts:
         if not norms[site].isfinite().all():

@@ -40,6 +40,10 @@ class Config:
     """The name on the command line and in files."""
     saelens_architecture: ClassVar[str] = "standard"
     """What SAELens calls the function that such an SAE computes."""
+    labels: ClassVar[tuple[str, ...]] = ()
+    """What of the tokens it learns from beside their activations."""
+    tuned: ClassVar[str | None] = None
+    """The fine-tuned model that it reads beside the model itself."""
     own_thresholds: ClassVar[str | None] = None
     """What SAELens calls it with thresholds, if it does not become a plain JumpReLU SAE then."""
 
@@ -64,7 +68,7 @@ class Config:
         return self
 
     def saelens_settings(self) -> dict[str, Any]:
-        """What SAELens's `cfg.json` has of such an SAE beyond what all have."""
+        """What SAELens's `cfg.json` has of such an SAE beyond what all have, also in its `metadata`."""
         return {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,6 +172,11 @@ class SAE(nn.Module):
 
     uses_penalty: ClassVar[bool] = False
     """Whether the objective has a sparsity term whose coefficient is steered or set."""
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether the objective of a batch is more than the mean of its tokens'."""
+        return False
 
     def __init__(self, config: Config, d_in: int) -> None:
         super().__init__()

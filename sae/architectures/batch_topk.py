@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae.architectures.base import SAE
 from sae.architectures.topk import Entries, TopK, TopKSAE
+from steerkit import distributed
 
 _MEMORY = 0.98
 """Share of the smallest kept activation's running mean that a step keeps: some fifty steps."""
@@ -43,6 +44,10 @@ class BatchTopKSAE(TopKSAE):
         super().__init__(config, d_in)
         self.register_buffer("smallest", torch.zeros(2))
 
+    @property
+    def needs_whole_batch(self) -> bool:
+        return True
+
     def _encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         pre = (x - self.b_dec) @ self.W_enc + self.b_enc
         if self.threshold is not None:
@@ -52,27 +57,40 @@ class BatchTopKSAE(TopKSAE):
         return torch.zeros_like(flat).index_put_((rows, columns), values.relu()).view_as(pre)
 
     def choose(self, pre: Float[Tensor, "n d_sae"]) -> list[Entries]:
-        rows, columns, values = self._largest(pre)
+        rows, columns, values = self._largest(pre, shared=True)
         with torch.no_grad():
-            positive = values[values > 0]
-            if len(positive):
+            found = values.detach()
+            least = distributed.smallest(
+                torch.where(found > 0, found, torch.inf).amin() if len(found) else pre.new_tensor(torch.inf)
+            )
+            if least.isfinite():
                 self.smallest.mul_(_MEMORY).add_(
-                    torch.stack([positive.min().float(), values.new_ones(()).float()])
+                    torch.stack([least, torch.ones_like(least)]).to(self.smallest)
                 )
         return [(rows, columns, values)]
 
-    def _largest(self, pre: Float[Tensor, "n d_sae"]) -> Entries:
-        """The k · n largest positive entries, in the order of rows. Those above half of the usual limit are looked at first."""
-        wanted = self.k * len(pre)
+    def _largest(self, pre: Float[Tensor, "n d_sae"], shared: bool = False) -> Entries:
+        """The k · n largest positive entries, in the order of rows; with `shared` of those of all processes' batches together.
+
+        Those above half of the usual limit are looked at first.
+        """
+        ranks = distributed.world_size() if shared else 1
+        wanted = self.k * len(pre) * ranks
         values = pre.detach().reshape(-1)
         usual = float(self.smallest[0] / self.smallest[1]) if self.smallest[1] else 0.0
         for floor in (0.5 * usual, 0.0):
             candidates = (values > floor).nonzero().squeeze(1)
-            if len(candidates) >= wanted:
+            n_candidates = len(candidates)
+            if ranks > 1:
+                n_candidates = int(distributed.add_up(torch.tensor(n_candidates, device=pre.device)))
+            if n_candidates >= wanted:
                 break
         if len(candidates) > wanted:
             kept = values[candidates].topk(wanted, sorted=False).indices
             candidates = candidates[kept].sort().values
+        if ranks > 1 and n_candidates > wanted:
+            limit = distributed.gather(values[candidates]).topk(wanted, sorted=False).values.amin()
+            candidates = candidates[values[candidates] >= limit]
         rows = torch.div(candidates, self.d_sae, rounding_mode="floor")
         columns = candidates - rows * self.d_sae
         return rows, columns, pre[rows, columns]

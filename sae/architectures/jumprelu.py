@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae.architectures.base import SAE, Sparsity, Step, Terms, add_product, add_sum, gradient
+from steerkit import distributed
 from steerkit.errors import InputError
 
 
@@ -82,6 +83,10 @@ class JumpReLUSAE(SAE):
         del self._buffers["threshold"]
         self.threshold = nn.Parameter(torch.zeros(self.d_sae))
 
+    @property
+    def needs_whole_batch(self) -> bool:
+        return self.config.sparsity == "quadratic"
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "threshold" and not isinstance(value, nn.Parameter):
             value = nn.Parameter(value, requires_grad=self.W_dec.requires_grad)
@@ -127,11 +132,12 @@ class JumpReLUSAE(SAE):
         gradient(self.b_dec).sub_(self.W_enc @ gradient(self.b_enc))
         step.l0 += step.counts.sum() / len(x)
         # Entries in the window count once each, whatever their gradient: that is all that the sparsity term says of θ.
-        weight = self._step_weight(step.l0, terms.coefficient) / len(x)
+        l0 = distributed.mean(step.l0) if self.config.sparsity == "quadratic" else step.l0
+        weight = self._step_weight(l0, terms.coefficient) / len(x)
         threshold = gradient(self.threshold)
         threshold.mul_(self.threshold).add_(self._in_window * weight).mul_(-1 / self.config.bandwidth)
         del self._in_window
-        step.loss += step.mse + self._sparsity(step.l0, terms.coefficient)
+        step.loss += step.mse + self._sparsity(l0, terms.coefficient)
         return step
 
     def _dense_gradients(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Step:

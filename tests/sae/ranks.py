@@ -1,0 +1,56 @@
+"""What each process of a distributed run does in the tests: `torchrun --nproc-per-node 2 ranks.py WHAT OUT`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from synthetic import SITE, SparseStream
+
+import sae
+from sae.training import Trainer
+from steerkit import distributed
+
+STEPS, BATCH = 20, 256
+CASES: dict[str, sae.Config] = {
+    "l1": sae.L1(64, target_l0=4.0),
+    "sqrt_l1": sae.SqrtL1(64, target_l0=4.0),
+    "gated": sae.Gated(64, target_l0=4.0),
+    "topk": sae.TopK(64, k=4),
+    "batch_topk": sae.BatchTopK(64, k=4),
+    "jumprelu": sae.JumpReLU(64, target_l0=4.0),
+    "jumprelu quadratic": sae.JumpReLU(64, target_l0=4.0, sparsity="quadratic"),
+    "matryoshka": sae.Matryoshka(64, k=4),
+    "hierarchical_topk": sae.HierarchicalTopK(64, k=4),
+    "p_anneal": sae.PAnneal(64, target_l0=4.0),
+    "guided": sae.Guided(64, k=4, labels=("a", "b")),
+    "transcoder": sae.Transcoder(64, k=4, target_site=SITE),
+    "crosscoder": sae.Crosscoder(64, k=4),
+}
+
+
+def trained(arch: sae.Config, **settings: object) -> Trainer:
+    """20 steps in float64 on this process's share of each batch, short silences being enough to make latents anew."""
+    stream = SparseStream("zipf", batch_size=BATCH)
+    config = sae.TrainConfig(batch_size=BATCH, dtype="float64", dead_after=4 * BATCH).with_(settings)
+    trainer = Trainer(arch, SITE, stream.statistics(SITE), STEPS * BATCH, config, torch.device("cpu"))
+    for _ in range(STEPS):
+        trainer.step(next(stream)[SITE][distributed.share(BATCH)])
+    return trainer
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    out = Path(sys.argv[1])
+    with distributed.launched():
+        for name, arch in CASES.items():
+            trainer = trained(arch)
+            found = {key: value.contiguous() for key, value in trainer.tensors().items()}
+            found["metrics"] = torch.tensor(list(trainer.metrics().values()), dtype=torch.float64)
+            save_file(found, out / f"{name}-{distributed.rank()}.safetensors")
+
+
+if __name__ == "__main__":
+    main()
