@@ -12,6 +12,10 @@ left as they are in all of them.
     fvu = Σ‖x - x̂‖² / Σ‖x - x̄‖²                            x̄: mean over the same tokens
     ce_recovered = (ce_zero - ce_sae) / (ce_zero - ce_clean)       ce_recovered_mean: with ce_mean for ce_zero
 
+What a transcoder makes of its site is measured and spliced in at its target site: there x is, in all of the above. A crosscoder is
+measured at each of its sites in turn, by what it makes of the activations at all of them; those figures are in `sites`. The whole
+evaluation has the FVU over all sites, each scaled to unit mean square, and no figure of the model's outputs.
+
 Cross-entropies are nats per predicted token: every text token that has one before it in its row, special
 tokens left out, sinks included. A model that is not causal has no next token: there the output at each token
 is scored against that token, unmasked. A model without a language-model head has no cross-entropies; what its
@@ -32,11 +36,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.architectures import SAE
+from sae.architectures.crosscoder import CrosscoderSAE
+from sae.architectures.transcoder import TranscoderSAE
 from sae.thresholds import mean_l0, strongest
 from steerkit.activations import TokenBatch, Tokenization, collect, is_sink, token_batches
 from steerkit.data import Documents, load_documents
 from steerkit.errors import InputError, NumericsError
 from steerkit.models import HookedModel
+from steerkit.pair import ModelPair, at
 from steerkit.replay import Replay
 from steerkit.runs import progress, write_json
 from steerkit.sites import ActivationHook
@@ -62,7 +69,7 @@ class Evaluation:
     """Sum of the latents of a token, in the SAE's own units."""
     fvu: float
     """Fraction of variance unexplained."""
-    cosine: float
+    cosine: float | None
     """Cosine between activation and reconstruction."""
     norm_ratio: float | None
     """‖x̂‖ / ‖x‖."""
@@ -71,10 +78,10 @@ class Evaluation:
     x̄)."""
     dead_fraction: float
     """Share of latents that are silent on all `tokens`."""
-    final_cosine: float
+    final_cosine: float | None
     """Cosine of the model's final states, spliced with clean, at the text tokens."""
-    final_cosine_zero: float
-    final_cosine_mean: float
+    final_cosine_zero: float | None
+    final_cosine_mean: float | None
     ce_clean: float | None
     ce_sae: float | None
     ce_zero: float | None
@@ -87,7 +94,7 @@ class Evaluation:
     """KL(clean ‖ spliced) of the predictions, nats."""
     kl_zero: float | None
     kl_mean: float | None
-    fvu_zero: float
+    fvu_zero: float | None
     """Σ‖x‖² / Σ‖x - x̄‖², what zeros leave unexplained; the mean leaves 1."""
     tokens: int
     """Tokens that count: reconstructed and spliced."""
@@ -102,6 +109,8 @@ class Evaluation:
     """95 % intervals of some of the above, jackknifed over documents."""
     density: Float[Tensor, " d_sae"] = field(repr=False)
     """Share of tokens on which each latent is active."""
+    sites: Mapping[str, Evaluation] = field(default_factory=dict, repr=False)
+    """A crosscoder's figures at each of its sites."""
 
     def density_histogram(self) -> dict[str, list[float]]:
         """Counts of latents per half decade of density; silent ones are in none."""
@@ -112,10 +121,14 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the density as a histogram."""
         values = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("intervals", "density")
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("intervals", "density", "sites")
         }
         intervals = {name: interval.to_dict() for name, interval in self.intervals.items()}
-        return {**values, "intervals": intervals, "density_histogram": self.density_histogram()}
+        found = {**values, "intervals": intervals, "density_histogram": self.density_histogram()}
+        sites = {site: evaluation.to_dict() for site, evaluation in self.sites.items()}
+        return {**found, "sites": sites} if sites else found
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict()` as JSON."""
@@ -141,15 +154,18 @@ class Evaluation:
                 f"  ΔCE {shown('delta_ce')}   KL {shown('kl')}",
                 f"  recovered {shown('ce_recovered')}   against mean {shown('ce_recovered_mean')}",
             ]
-        lines.append(
-            f"  final cosine: SAE {shown('final_cosine')}   zero {shown('final_cosine_zero')}   "
-            f"mean {shown('final_cosine_mean')}"
-        )
+        if self.final_cosine is not None:
+            lines.append(
+                f"  final cosine: SAE {shown('final_cosine')}   zero {shown('final_cosine_zero')}   "
+                f"mean {shown('final_cosine_mean')}"
+            )
+        for site, found in self.sites.items():
+            lines += [f"at {site}:", *repr(found).splitlines()[1:]]
         return "\n".join(lines)
 
 
 def evaluate(
-    model: HookedModel,
+    model: HookedModel | ModelPair,
     sae: SAE,
     documents: Documents | Sequence[str],
     site: str,
@@ -182,7 +198,7 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_all(
-    model: HookedModel,
+    model: HookedModel | ModelPair,
     saes: Mapping[str, SAE],
     documents: Documents | Sequence[str],
     site: str,
@@ -193,63 +209,97 @@ def evaluate_all(
     batch_tokens: int = 8192,
     quiet: bool = True,
 ) -> dict[str, Evaluation]:
-    """`evaluate` for several SAEs of one site in one pass: the clean and the ablated runs are shared."""
+    """`evaluate` for several SAEs of one site in one pass: the clean and the ablated runs are shared by those that stand in for the
+    same activations."""
     documents = load_documents(documents)
     tokenization = tokenization or Tokenization()
     if not len(documents) or tokens < 1:
         raise InputError(
             "There is no held-out text: give at least one document and one token to evaluate on."
         )
+    alike: dict[tuple[tuple[str, ...], tuple[str, ...]], dict[str, SAE]] = {}
     for name, sae in saes.items():
         check_fits(model, sae, site, name)
-    lot = collect(
-        model,
-        documents,
-        site,
-        tokenization=tokenization,
-        max_tokens=min(tokens, _FIRST_LOT),
-        batch_tokens=batch_tokens,
-    ).statistics[site]
-    if sink_threshold is None or not tokenization.drop_sinks:
-        sink_threshold = lot.sink_threshold
-    sums = _Sums(model, saes, len(documents), lot.mean, sink_threshold)
-    batches = token_batches(model, documents, tokenization, batch_tokens=batch_tokens, max_tokens=tokens)
-    replay = Replay(model, site)
-    with progress(tokens, "evaluation", quiet=quiet) as bar:
-        for number, batch in enumerate(batches):
-            _evaluate_batch(replay, saes, batch, number, sums)
-            bar.advance(batch.n_kept)
-    return {name: sums.evaluation(name) for name in saes}
+        sites = sae.config.inputs(site), sae.config.outputs(site)
+        alike.setdefault(sites, {})[name] = sae
+    found: dict[str, Evaluation] = {}
+    for (inputs, outputs), group in alike.items():
+        lot = collect(
+            model,
+            documents,
+            (*inputs, *outputs),
+            tokenization=tokenization,
+            max_tokens=min(tokens, _FIRST_LOT),
+            batch_tokens=batch_tokens,
+        ).statistics
+        thresholds = {name: statistics.sink_threshold for name, statistics in lot.items()}
+        if tokenization.drop_sinks:
+            known = next(iter(group.values())).metadata.get("sink_thresholds") or {}
+            given = {} if sink_threshold is None else {site: sink_threshold}
+            thresholds |= {name: value for name, value in {**known, **given}.items() if name in thresholds}
+        sums = {}
+        for target in outputs:
+            place = _Place(model, inputs, outputs, target, thresholds)
+            sums[target] = _Sums(place, group, len(documents), lot[target].mean)
+            batches = token_batches(
+                model, documents, tokenization, batch_tokens=batch_tokens, max_tokens=tokens
+            )
+            replay = Replay(*at(model, target))
+            with progress(tokens, "evaluation", quiet=quiet) as bar:
+                for number, batch in enumerate(batches):
+                    _evaluate_batch(replay, group, batch, number, sums[target])
+                    bar.advance(batch.n_kept)
+        for name, sae in group.items():
+            parts = {target: of_target.evaluation(name) for target, of_target in sums.items()}
+            found[name] = parts[outputs[0]] if len(parts) == 1 else _whole(name, sae, sums, parts)
+    return {name: found[name] for name in saes}
 
 
 @torch.no_grad()
-def random_sae(like: SAE, acts: Float[Tensor, "n d_in"], *, seed: int = 0) -> SAE:
+def random_sae(
+    like: SAE,
+    acts: Float[Tensor, "n d_in"],
+    *,
+    seed: int = 0,
+    target: Float[Tensor, "n d_out"] | None = None,
+) -> SAE:
     """The null for an SAE: the same architecture, width and mean L0 on `acts`, but random.
 
     Decoder rows are random unit vectors, the encoder their transpose, the decoder bias the mean of `acts`;
     thresholds per latent cut every latent alike until the L0 is that of `like`; then the decoder is scaled by
-    the one factor that fits `acts` best.
+    the one factor that fits `acts` best. Of a transcoder it is `target` that is fitted, by random directions on
+    either side; without it the decoder is left as it is.
     """
     acts = acts.to(like.device, like.dtype)
     found = like.config.build(like.d_in).to(like.device, like.dtype).requires_grad_(False).eval()
-    rows = torch.randn(like.d_sae, like.d_in, generator=torch.Generator().manual_seed(seed)).to(acts)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(found.W_dec.shape, generator=generator).to(acts)
     found.W_dec.copy_(F.normalize(rows, dim=1))
-    found.W_enc.copy_(found.W_dec.T)
-    found.b_dec.copy_(acts.mean(0))
+    if isinstance(like, TranscoderSAE):
+        columns = torch.randn(like.d_sae, like.d_in, generator=generator).to(acts)
+        found.W_enc.copy_(F.normalize(columns, dim=1).T)
+    else:
+        found.W_enc.copy_(found.W_dec.T)
+        target = acts
+    if target is not None:
+        target = target.to(acts)
+        found.b_dec.copy_(target.mean(0))
     l0, wanted = mean_l0(found, acts), mean_l0(like, acts)
     if like.threshold is not None or l0 > wanted:
         found.threshold = strongest(found, acts, wanted / l0)
-    found.W_dec.mul_(_best_factor(found, acts))
+    if target is not None:
+        found.W_dec.mul_(_best_factor(found, acts, target))
     found.metadata = {**like.metadata, "null": "random SAE", "null_seed": seed}
     return found
 
 
-def _best_factor(sae: SAE, acts: Tensor) -> float:
-    """argmin_s Σ‖x - b - s (x̂ - b)‖² over `acts`."""
+def _best_factor(sae: SAE, acts: Tensor, target: Tensor) -> float:
+    """argmin_s Σ‖y - b - s (ŷ - b)‖² over `acts` and their `target` y."""
     part_of_x = of_squares = 0.0
-    for x in acts.split(max(1, _ENTRIES // sae.d_sae)):
+    size = max(1, _ENTRIES // sae.d_sae)
+    for x, y in zip(acts.split(size), target.split(size)):
         direction = sae(x) - sae.b_dec
-        part_of_x += float(((x - sae.b_dec) * direction).sum(dtype=torch.float64))
+        part_of_x += float(((y - sae.b_dec) * direction).sum(dtype=torch.float64))
         of_squares += float(direction.square().sum(dtype=torch.float64))
     return part_of_x / of_squares if of_squares else 1.0
 
@@ -264,7 +314,7 @@ class Null:
     delta_ce: float | None
     ce_recovered: float | None
     kl: float | None
-    final_cosine: float
+    final_cosine: float | None
 
 
 @dataclass(frozen=True, repr=False)
@@ -319,8 +369,12 @@ def evaluate_nulls(
     documents = load_documents(documents)
     check_fits(model, sae, site)
     settings: dict[str, Any] = {"tokenization": tokenization, "batch_tokens": batch_tokens}
-    acts = collect(model, documents, site, max_tokens=min(tokens, _FIRST_LOT), **settings)[site]
-    saes = {"trained": sae, "random SAE": random_sae(sae, acts.float(), seed=seed)}
+    inputs, outputs = sae.config.inputs(site), sae.config.outputs(site)
+    if len(inputs) > 1:
+        raise InputError("A random crosscoder is no null that means anything: evaluate it without nulls.")
+    lot = collect(model, documents, (*inputs, *outputs), max_tokens=min(tokens, _FIRST_LOT), **settings)
+    null = random_sae(sae, lot[site].float(), seed=seed, target=lot[outputs[0]].float())
+    saes = {"trained": sae, "random SAE": null}
     if random_model_sae is not None:
         saes["SAE of the random model"] = random_model_sae
     settings |= {"tokens": tokens, "quiet": quiet}
@@ -357,14 +411,43 @@ def _ablations(found: Evaluation) -> tuple[Null, Null]:
     )
 
 
-def check_fits(model: HookedModel, sae: SAE, site: str, name: str = "sae") -> None:
-    """Raise InputError unless the SAE's width is the site's."""
-    width = model.site(site).width
-    if sae.d_in != width:
-        raise InputError(
-            f"The SAE ({name}) is of width {sae.d_in}, but {site} of {model.name} is of width {width}: "
-            "give the site and model that it was trained on."
-        )
+def check_fits(model: HookedModel | ModelPair, sae: SAE, site: str, name: str = "sae") -> None:
+    """Raise InputError unless the SAE's widths are those of its sites."""
+    for sites, own in ((sae.config.inputs(site), sae.d_in), (sae.config.outputs(site), len(sae.b_dec))):
+        width = sum(model.site(one).width for one in sites)
+        if own != width:
+            raise InputError(
+                f"The SAE ({name}) is of width {own}, but {', '.join(sites)} of {model.name} is of width {width}: "
+                "give the site and model that it was trained on."
+            )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where SAEs read, and where they are measured and spliced in."""
+
+    model: HookedModel | ModelPair
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    target: str
+    sink_thresholds: Mapping[str, float | None]
+
+    @property
+    def part(self) -> slice:
+        """Where the target is in a reconstruction."""
+        before = self.outputs[: self.outputs.index(self.target)]
+        start = sum(self.model.site(site).width for site in before)
+        return slice(start, start + self.model.site(self.target).width)
+
+    def read(self, batch: TokenBatch, acts: Tensor) -> tuple[Tensor, Tensor]:
+        """(what is encoded, which tokens count) of a batch whose activations at the target are `acts`."""
+        keep = batch.keep.to(acts.device) & ~is_sink(acts, self.sink_thresholds[self.target])
+        if self.inputs == (self.target,):
+            return acts, keep
+        found = self.model.run(batch.input_ids, _mask(self.model, batch), sites=self.inputs)
+        for site, read in found.items():
+            keep &= ~is_sink(read, self.sink_thresholds[site]).to(keep.device)
+        return torch.cat([read.to(acts.device) for read in found.values()], -1), keep
 
 
 # one batch
@@ -375,8 +458,8 @@ def _evaluate_batch(
 ) -> None:
     model, site = replay.model, replay.site
     acts, clean = replay.run(batch.input_ids, _mask(model, batch))
-    keep = batch.keep.to(acts.device) & ~is_sink(acts, sums.sink_threshold)
-    x = acts[keep].float()
+    inputs, keep = sums.place.read(batch, acts)
+    x, inputs = acts[keep].float(), inputs[keep].float()
     document = batch.token_document.to(acts.device)[keep]
     if not x.isfinite().all():
         wrong = document[~x.isfinite().all(-1)].unique().tolist()
@@ -388,7 +471,7 @@ def _evaluate_batch(
     replacements = {"zero": torch.zeros_like(x), "mean": mean.expand_as(x)}
     sums.add_activations(x, document)
     for name, sae in saes.items():
-        replacements[name] = sums.reconstruct(name, sae, x, document, site, number)
+        replacements[name] = sums.reconstruct(name, sae, inputs, x, document, number)
     finals = {name: replay.again(_splice(keep, values)) for name, values in replacements.items()}
     _add_outputs(model, batch, clean, finals, sums)
 
@@ -404,7 +487,7 @@ def _splice(keep: Bool[Tensor, "batch pos"], values: Float[Tensor, "n width"]) -
     return splice
 
 
-def _mask(model: HookedModel, batch: TokenBatch) -> Tensor | None:
+def _mask(model: HookedModel | ModelPair, batch: TokenBatch) -> Tensor | None:
     """Pads on the right of a causal model change nothing before them."""
     return None if model.is_causal else batch.attention_mask
 
@@ -458,13 +541,12 @@ class _Sums:
 
     def __init__(
         self,
-        model: HookedModel,
+        place: _Place,
         saes: Mapping[str, SAE],
         n_documents: int,
-        centre: Float[Tensor, " d_in"],
-        sink_threshold: float | None,
+        centre: Float[Tensor, " d_out"],
     ) -> None:
-        self.model, self.sink_threshold = model, sink_threshold
+        self.place = place
         self.centre = centre
         """What sums of squares are taken about, so that none cancels; the measured mean differs hardly."""
         self.n_documents = n_documents
@@ -496,18 +578,19 @@ class _Sums:
         self,
         name: str,
         sae: SAE,
-        x: Float[Tensor, "n d_in"],
+        inputs: Float[Tensor, "n d_in"],
+        x: Float[Tensor, "n d_out"],
         document: Int[Tensor, " n"],
-        site: str,
         number: int,
-    ) -> Float[Tensor, "n d_in"]:
-        """The reconstructions, after adding up what they are like."""
+    ) -> Float[Tensor, "n d_out"]:
+        """The reconstructions of `x` from `inputs`, after adding up what they are like."""
         found = torch.empty_like(x)
         chunk = max(1, _ENTRIES // sae.d_sae)
         for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)
-            latents = sae.encode(x[part].to(sae.device, sae.dtype))
-            found[part] = sae.decode(latents).to(x)
+            encoded = inputs[part].to(sae.device, sae.dtype)
+            latents = sae.encode(encoded)
+            found[part] = sae.reconstruct(latents, encoded)[:, self.place.part].to(x)
             active = latents > 0
             self.counts[name] += active.sum(0).cpu()
             self._add_chunk(
@@ -515,7 +598,7 @@ class _Sums:
             )
         if not found.isfinite().all():
             raise NumericsError(
-                f"The SAE ({name}) gives NaN or inf at {site} in batch {number}: check its weights."
+                f"The SAE ({name}) gives NaN or inf at {self.place.target} in batch {number}: check its weights."
             )
         return found
 
@@ -554,7 +637,7 @@ class _Sums:
         mean_x, mean_found = (self.vectors[key].cpu().numpy() / n for key in ("x", name))
         mean_all = self.centre.double().numpy() + mean_x
         # The sums were taken about the centre; x̄ is the centre plus mean_x.
-        variance = self.column("site", "variance").sum() - n * float(mean_x @ mean_x)
+        variance = self.variance()
         square = total["square"] - 2 * n * float(mean_found @ mean_x) + n * float(mean_x @ mean_x)
         aligned = total["aligned"] - n * float(mean_found @ mean_x)
         cosines = {key: self._mean("cosine", key) for key in (name, "zero", "mean")}
@@ -574,10 +657,15 @@ class _Sums:
             **self._cross_entropies(name),
             tokens=n,
             documents=int((self.column("site", "n") > 0).sum()),
-            sink_threshold=self.sink_threshold,
+            sink_threshold=self.place.sink_thresholds[self.place.target],
             intervals=self._intervals(name, variance),
             density=density,
         )
+
+    def variance(self) -> float:
+        """Σ‖x - x̄‖²."""
+        n, sum_x = self.column("site", "n").sum(), self.vectors["x"].cpu().numpy()
+        return float(self.column("site", "variance").sum() - sum_x @ sum_x / n)
 
     def _mean(self, quantity: str, name: str) -> float:
         return float(self.column(quantity, name).sum() / self.column(quantity, "n").sum())
@@ -609,7 +697,7 @@ class _Sums:
             _share(mean - spliced, mean - clean),
             *(self._mean("kl", key) for key in (name, "zero", "mean")),
         )
-        predicts = "next token" if self.model.is_causal else "own token"
+        predicts = "next token" if self.place.model.is_causal else "own token"
         return {**dict(zip(keys, values)), "predicted": predicted, "predicts": predicts}
 
     def _intervals(self, name: str, variance: float) -> dict[str, Interval]:
@@ -637,6 +725,36 @@ class _Sums:
             key: jackknife(np.stack(columns, 1)[used], lambda s: s[..., 0] / s[..., 1])
             for key, columns in pairs.items()
         }
+
+
+def _whole(name: str, sae: SAE, sums: Mapping[str, _Sums], parts: Mapping[str, Evaluation]) -> Evaluation:
+    """A crosscoder's evaluation, from the sums and the evaluations at each of its sites: what concerns latents is the same at all,
+    errors are added in units in which every site has unit mean square."""
+    assert isinstance(sae, CrosscoderSAE)
+    errors = variances = 0.0
+    by_document = np.zeros((2, next(iter(sums.values())).n_documents))
+    for of_site, scale in zip(sums.values(), sae.scales.tolist()):
+        squares, variance = of_site.column("site", "variance"), scale**2 * of_site.variance()
+        error = scale**2 * of_site.column(name, "error")
+        errors, variances = errors + float(error.sum()), variances + variance
+        by_document += np.stack([error, squares * (variance / squares.sum())])
+    first = next(iter(parts.values()))
+    intervals = {key: first.intervals[key] for key in ("l0",) if key in first.intervals}
+    used = next(iter(sums.values())).column("site", "n") > 0
+    if used.sum() > 1:
+        intervals["fvu"] = jackknife(by_document.T[used], lambda s: s[..., 0] / s[..., 1])
+    alike = ("l0", "l1", "dead_fraction", "tokens", "documents", "density")
+    blank: dict[str, Any] = {f.name: None for f in fields(Evaluation)}
+    return Evaluation(
+        **{
+            **blank,
+            **{key: getattr(first, key) for key in alike},
+            "fvu": errors / variances if variances > 0 else float("nan"),
+            "predicted": 0,
+            "intervals": intervals,
+            "sites": parts,
+        }
+    )
 
 
 def _share(part: float, whole: float) -> float | None:

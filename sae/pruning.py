@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae.architectures import L1, SAE, SqrtL1, TopK
+from sae.architectures import L1, SAE, SqrtL1, TopK, Transcoder
 from sae.evaluation import Evaluation, check_fits, evaluate_all
 from sae.formats import as_jumprelu
 from sae.thresholds import strongest
@@ -49,7 +49,7 @@ def prune(
     quantile: float | None = None,
     absolute: float | None = None,
 ) -> SAE:
-    """A copy, as a JumpReLU SAE, whose latents lose their lowest activations.
+    """A copy, as a JumpReLU SAE (a transcoder or a crosscoder stays one), whose latents lose their lowest activations.
 
     `quantile`, from 0 to 1: the share of its activations on `acts` (held-out tokens, not those it is then
     measured on) that each latent loses. `absolute`: every activation up to that value, in the SAE's own
@@ -64,7 +64,7 @@ def prune(
         cut = torch.full((sae.d_sae,), absolute, device=sae.device, dtype=sae.dtype)
         if sae.threshold is not None:
             cut = torch.maximum(cut, sae.threshold)
-        elif sae.arch == "topk":
+        elif isinstance(sae.config, TopK):
             if acts is None:
                 raise InputError("A TopK SAE needs activations to be pruned: give some of held-out text.")
             cut = torch.maximum(cut, strongest(sae, acts, 1.0))
@@ -77,7 +77,7 @@ def prune(
             raise InputError("A quantile needs activations to be measured on: give some of held-out text.")
         found.threshold = strongest(sae, acts, 1 - quantile)
     found.metadata = {**sae.metadata, "pruned": {"quantile": quantile, "absolute": absolute}}
-    return as_jumprelu(found)
+    return found if found.config.own_thresholds else as_jumprelu(found)
 
 
 def keep_top(sae: SAE, k: int) -> SAE:
@@ -92,7 +92,9 @@ def keep_top(sae: SAE, k: int) -> SAE:
     found: SAE
     if sae.threshold is None and isinstance(sae.config, (L1, SqrtL1, TopK)):
         limit = sae.config.k if isinstance(sae.config, TopK) else sae.d_sae
-        found = TopK(sae.d_sae, k=min(k, limit)).build(sae.d_in)
+        k = min(k, limit)
+        config = replace(sae.config, k=k) if isinstance(sae.config, Transcoder) else TopK(sae.d_sae, k=k)
+        found = config.build(sae.d_in)
         found.load_state_dict(sae.state_dict())
         found = found.to(sae.device, sae.dtype)
     else:

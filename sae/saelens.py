@@ -26,6 +26,8 @@ def write(
     """Write both files, each whole. `settings` are the architecture's in `cfg.json`, `own` is what only steerkit knows."""
     path = Path(path)
     d_in, d_sae = weights["W_enc"].shape
+    settings = dict(settings)
+    more = settings.pop("metadata", {})
     config = {
         "architecture": architecture,
         "d_in": d_in,
@@ -41,6 +43,7 @@ def write(
             "sae_lens_training_version": None,
             "model_name": own.get("model"),
             "hook_name": own.get("site"),
+            **more,
             "steerkit": dict(own),
         },
     }

@@ -30,11 +30,15 @@ from torch import Tensor
 
 from sae import formats
 from sae.architectures import SAE, Config, Sparsity, Step, Terms
+from sae.architectures.crosscoder import Crosscoder
+from sae.architectures.guided import GuidedSAE
 from sae.checkpoint import Checkpoints
 from sae.dashboard.value import Dashboard
 from sae.evaluation import Evaluation, evaluate, evaluate_all
 from sae.kernels import is_fast
+from sae.label_scores import label_scores
 from sae.latents import collect_latents
+from sae.reading import Reading, Side
 from sae.schedule import TargetL0, learning_rate_factor
 from sae.sweep import Job, job_names, summarise, sweep_page
 from steerkit import distributed
@@ -42,7 +46,9 @@ from steerkit.activation_cache import ActivationCache, is_cache
 from steerkit.activations import ActivationStream, Statistics, Tokenization
 from steerkit.data import Documents, load_documents, split_held_out
 from steerkit.errors import CheckpointError, InputError, NumericsError, did_you_mean
+from steerkit.labels import LabelFunction, TokenLabels
 from steerkit.models import HookedModel
+from steerkit.pair import ModelPair
 from steerkit.runs import Run, make_provenance, peak_memory_mb, progress
 
 SPARSE_DENSITY = 1 / 32
@@ -131,7 +137,7 @@ class TrainConfig:
 
 
 def train(
-    model: HookedModel,
+    model: HookedModel | ModelPair,
     data: Any,
     site: str,
     arch: Config,
@@ -141,6 +147,7 @@ def train(
     config: TrainConfig | None = None,
     tokenization: Tokenization | None = None,
     text_column: str | None = None,
+    labels: LabelFunction | None = None,
     device: str | torch.device | None = None,
     checkpoint_seconds: float = 60.0,
     resume: bool = False,
@@ -151,18 +158,20 @@ def train(
 
     `data` is whatever `load_documents` takes (its last 5 % of documents are held out), or an `ActivationCache` or its directory.
     `settings` are fields of `TrainConfig`, such as `seed=1` or `lr=1e-3`. With `resume` an unfinished run is continued from its
-    last checkpoint, and a finished one returned as it is. Raises InputError for bad settings or a directory that holds another run,
-    NumericsError on NaN or inf (the last checkpoint is kept), CheckpointError when every checkpoint is damaged. On Ctrl-C a
-    checkpoint is saved first.
+    last checkpoint, and a finished one returned as it is. The labels of a guided SAE are StoryWorld's attributes or columns of the
+    data, unless `labels` gives them for a text. A crosscoder's `site` is several, with commas between.
+
+    Raises InputError for bad settings or a directory that holds another run, NumericsError on NaN or inf (the last checkpoint is
+    kept), CheckpointError when every checkpoint is damaged. On Ctrl-C a checkpoint is saved first.
     """
     task = _Pass.of(
-        model, data, {".": Job(site, arch)}, tokens, out, config, settings, tokenization, text_column
+        model, data, {".": Job(site, arch)}, tokens, out, config, settings, tokenization, text_column, labels
     )
     return task.run(device or model.device, checkpoint_seconds, resume, quiet)[0]
 
 
 def train_many(
-    model: HookedModel,
+    model: HookedModel | ModelPair,
     data: Any,
     jobs: Sequence[Job],
     tokens: int,
@@ -171,6 +180,7 @@ def train_many(
     config: TrainConfig | None = None,
     tokenization: Tokenization | None = None,
     text_column: str | None = None,
+    labels: LabelFunction | None = None,
     device: str | torch.device | None = None,
     checkpoint_seconds: float = 60.0,
     resume: bool = False,
@@ -184,7 +194,7 @@ def train_many(
     Otherwise as `train`, and a resumed pass ends with the same weights too.
     """
     named = dict(zip(job_names(jobs), jobs))
-    task = _Pass.of(model, data, named, tokens, out, config, settings, tokenization, text_column)
+    task = _Pass.of(model, data, named, tokens, out, config, settings, tokenization, text_column, labels)
     origin = {"seed": task.config.seed, "revision": model.revision}
     made_with = {
         **task.made_with(),
@@ -206,7 +216,7 @@ def train_many(
 class _Pass:
     """One pass over activations, and the SAEs that are trained in it."""
 
-    model: HookedModel
+    model: HookedModel | ModelPair
     source: _Source
     jobs: Mapping[str, Job]
     """Directory in `out` -> job."""
@@ -214,11 +224,12 @@ class _Pass:
     out: Path
     config: TrainConfig
     text_column: str | None
+    labels: LabelFunction | None = None
 
     @classmethod
     def of(
         cls,
-        model: HookedModel,
+        model: HookedModel | ModelPair,
         data: Any,
         jobs: Mapping[str, Job],
         tokens: int,
@@ -227,16 +238,16 @@ class _Pass:
         settings: Mapping[str, Any],
         tokenization: Tokenization | None,
         text_column: str | None,
+        labels: LabelFunction | None,
     ) -> _Pass:
         config = (config or TrainConfig()).with_(settings).resolve(tokens)
         jobs = {
             name: replace(job, seed=config.seed if job.seed is None else job.seed)
             for name, job in jobs.items()
         }
-        for job in jobs.values():
-            model.site(job.site)
+        model, jobs = _bound(model, jobs)
         source = _Source.of(model, data, tokenization, text_column)
-        return cls(model, source, jobs, tokens, Path(out), config, text_column)
+        return cls(model, source, jobs, tokens, Path(out), config, text_column, labels)
 
     def made_with(self) -> dict[str, Any]:
         """The settings that all jobs share."""
@@ -258,7 +269,8 @@ class _Pass:
         runs = {name: self._open(name, resume) for name in self.jobs}
         if all(run.finished for run in runs.values()):
             return [SAERun.load(run.path) for run in runs.values()]
-        stream = self.source.stream(list(dict.fromkeys(job.site for job in self.jobs.values())), self.config)
+        sites = list(dict.fromkeys(site for job in self.jobs.values() for site in _sites(job)))
+        stream = self.source.stream(sites, self.config, self._columns(self.source.documents))
         before_fit = time.perf_counter()
         checkpoints = Checkpoints(self.out / "checkpoint")
         try:
@@ -273,12 +285,12 @@ class _Pass:
                 checkpoint_seconds=checkpoint_seconds,
                 quiet=quiet,
             )
-            statistics = {job.site: stream.statistics(job.site) for job in self.jobs.values()}
+            statistics = {site: stream.statistics(site) for site in sites}
         finally:
             stream.close()
         beside_fit = before_fit - started - time.perf_counter()
         for name, (sae, _) in made.items():
-            sae.metadata = self._metadata(self.jobs[name], statistics[self.jobs[name].site])
+            sae.metadata = self._metadata(self.jobs[name], statistics)
             sae.save(runs[name].path)
         found = self._evaluate({name: sae for name, (sae, _) in made.items()}, statistics)
         beside_fit += time.perf_counter()
@@ -304,7 +316,7 @@ class _Pass:
             "seed": job.seed,
             "revision": self.model.revision,
             "data_sha256": self.source.documents.fingerprint(),
-            "d_in": self.model.site(job.site).width,
+            "d_in": self._d_in(job),
         }
         if len(self.jobs) > 1:
             origin["pass"] = {"seed": self.config.seed, "jobs": list(self.jobs)}
@@ -322,7 +334,28 @@ class _Pass:
         assert self.config.batch_size is not None
         return self.tokens // self.config.batch_size * self.config.batch_size
 
-    def _metadata(self, job: Job, statistics: Statistics) -> dict[str, Any]:
+    def _d_in(self, job: Job) -> int:
+        return sum(self.model.site(site).width for site in job.arch.inputs(job.site))
+
+    def _columns(self, documents: Documents) -> TokenLabels | None:
+        """The labels that the jobs ask for, of these documents."""
+        names = dict.fromkeys(name for job in self.jobs.values() for name in job.arch.labels)
+        if not names:
+            return None
+        if self.source.cache is not None and self.labels is None:
+            raise InputError(
+                f"{self.source.cache.path} has text and no labels: train a guided SAE from the labelled text itself, "
+                "or give its labels as a function of a text."
+            )
+        return TokenLabels.of(documents, list(names), self.labels)
+
+    def _metadata(self, job: Job, statistics: Mapping[str, Statistics]) -> dict[str, Any]:
+        own = {site: statistics[site] for site in _sites(job)}
+        first = next(iter(own.values()))
+        of_sites = {
+            "scales": {site: found.scale for site, found in own.items()},
+            "sink_thresholds": {site: found.sink_threshold for site, found in own.items()},
+        }
         return {
             "model": self.model.name,
             "revision": self.model.revision,
@@ -330,8 +363,9 @@ class _Pass:
             "data": self.source.name,
             "tokens": self._seen,
             "tokenization": asdict(self.source.tokenization),
-            "scale": statistics.scale,
-            "sink_threshold": statistics.sink_threshold,
+            "scale": first.scale,
+            "sink_threshold": first.sink_threshold,
+            **(of_sites if len(own) > 1 else {}),
             "training": asdict(self._config(job)),
         }
 
@@ -340,7 +374,7 @@ class _Pass:
     ) -> dict[str, dict[str, Any]]:
         """The figures of each SAE on held-out text; those of a site share a pass."""
         found: dict[str, dict[str, Any]] = {}
-        for site, measured in statistics.items():
+        for site in dict.fromkeys(job.site for job in self.jobs.values()):
             here = {name: sae for name, sae in saes.items() if self.jobs[name].site == site}
             evaluations = evaluate_all(
                 self.model,
@@ -349,15 +383,27 @@ class _Pass:
                 site,
                 tokenization=self.source.tokenization,
                 tokens=self.config.held_out_tokens,
-                sink_threshold=measured.sink_threshold,
+                sink_threshold=statistics[site].sink_threshold if site in statistics else None,
             )
             found |= {name: evaluation.to_dict() for name, evaluation in evaluations.items()}
+        columns = self._columns(self.source.held_out)
+        for name, sae in saes.items():
+            if columns is not None and isinstance(sae, GuidedSAE):
+                found[name]["labels"] = label_scores(
+                    self.model,
+                    sae,
+                    self.source.held_out,
+                    self.jobs[name].site,
+                    columns,
+                    tokenization=self.source.tokenization,
+                    tokens=self.config.held_out_tokens,
+                )
         return found
 
     def _summary(self, job: Job, found: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
         return {
             "arch": job.arch.name,
-            "d_in": self.model.site(job.site).width,
+            "d_in": self._d_in(job),
             "d_sae": job.arch.d_sae,
             **found,
             "tokens": self._seen,
@@ -366,6 +412,39 @@ class _Pass:
             "peak_memory_mb": peak_memory_mb(),
             "seconds": seconds["total"],
         }
+
+
+def _sites(job: Job) -> tuple[str, ...]:
+    """The sites that a job reads."""
+    return tuple(dict.fromkeys((*job.arch.inputs(job.site), *job.arch.outputs(job.site))))
+
+
+def _bound(
+    model: HookedModel | ModelPair, jobs: Mapping[str, Job]
+) -> tuple[HookedModel | ModelPair, dict[str, Job]]:
+    """The model or the pair of models that the jobs read, and the jobs with all that follows from its sites."""
+    if isinstance(model, ModelPair):
+        name = model.tuned.name
+        jobs = {
+            key: replace(job, arch=replace(job.arch, tuned=name)) if isinstance(job.arch, Crosscoder) else job
+            for key, job in jobs.items()
+        }
+    tuned = {job.arch.tuned for job in jobs.values()}
+    if len(tuned) > 1 or (tuned == {None} and isinstance(model, ModelPair)):
+        raise InputError(
+            "A pair of models is read by crosscoders alone, all of the same pair: train the others apart."
+        )
+    other = tuned.pop()
+    if other is not None and not isinstance(model, ModelPair):
+        model = ModelPair.of(model, other)
+    bound = {
+        key: replace(job, arch=job.arch.bound(job.site, lambda site: model.site(site).width))
+        for key, job in jobs.items()
+    }
+    for job in bound.values():
+        for site in _sites(job):
+            model.site(site)
+    return model, bound
 
 
 @dataclass(frozen=True, eq=False)
@@ -379,7 +458,7 @@ class SAERun:
     """Figures on held-out text, speed and memory: summary.json."""
     config: dict[str, Any]
     """The settings: run.yaml."""
-    model: HookedModel | None = field(default=None, repr=False)
+    model: HookedModel | ModelPair | None = field(default=None, repr=False)
     """The model that it was trained on, if it is at hand."""
 
     @classmethod
@@ -448,9 +527,13 @@ class SAERun:
             provenance=origin,
         )
 
-    def hooked(self) -> HookedModel:
-        """The model that the SAE was trained on, loaded if it is not at hand."""
-        return self.model or HookedModel.from_pretrained(self.config["model"], dtype=self.config["dtype"])
+    def hooked(self) -> Any:
+        """The HookedModel that the SAE was trained on, loaded if it is not at hand; of a crosscoder of two models the ModelPair."""
+        if self.model is not None:
+            return self.model
+        model = HookedModel.from_pretrained(self.config["model"], dtype=self.config["dtype"])
+        tuned = self.config["arch"].get("tuned")
+        return model if tuned is None else ModelPair.of(model, tuned)
 
     def train_config(self) -> TrainConfig:
         """The settings of the training loop."""
@@ -467,7 +550,7 @@ class SAERun:
 class _Source:
     """Where the activations of a run come from, and the text that is held out of it."""
 
-    model: HookedModel
+    model: HookedModel | ModelPair
     name: str
     documents: Documents
     held_out: Documents
@@ -477,7 +560,7 @@ class _Source:
     @classmethod
     def of(
         cls,
-        model: HookedModel,
+        model: HookedModel | ModelPair,
         data: Any,
         tokenization: Tokenization | None,
         text_column: str | None,
@@ -498,10 +581,12 @@ class _Source:
         train_documents, held_out = split_held_out(documents)
         return cls(model, name, train_documents, held_out, tokenization or Tokenization())
 
-    def stream(self, sites: Sequence[str], config: TrainConfig) -> Stream:
+    def stream(self, sites: Sequence[str], config: TrainConfig, columns: TokenLabels | None = None) -> Stream:
         assert config.batch_size is not None
         if self.cache is not None:
-            return self.cache.stream(sites, config.batch_size, config.seed, device=self.model.device)
+            return self.cache.stream(
+                sites, config.batch_size, config.seed, device=self.model.device, columns=columns
+            )
         return ActivationStream(
             self.model,
             self.documents,
@@ -510,10 +595,11 @@ class _Source:
             batch_size=config.batch_size,
             block_tokens=config.block_tokens,
             seed=config.seed,
+            columns=columns,
         )
 
 
-def _tokenization_of(cache: ActivationCache, model: HookedModel) -> Tokenization:
+def _tokenization_of(cache: ActivationCache, model: HookedModel | ModelPair) -> Tokenization:
     """The tokenization that gives the layout that a cache was made with."""
     layout = cache.tokenization
     shared = {
@@ -548,10 +634,11 @@ class Trainer:
         self,
         arch: Config,
         site: str,
-        statistics: Statistics,
+        statistics: Statistics | Side,
         tokens: int,
         config: TrainConfig,
         device: torch.device,
+        target: Side | None = None,
     ) -> None:
         config = config.resolve(tokens)
         assert config.batch_size is not None
@@ -560,9 +647,11 @@ class Trainer:
         self.arch, self.site, self.config, self.device = arch, site, config, device
         self.batch_size, self.lr, self.dead_after = config.batch_size, config.lr, config.dead_after
         self.scale = statistics.scale
-        self.mean = statistics.mean.to(device, config.weight_dtype) * self.scale
+        self.target_scale = self.scale if target is None else target.scale
+        aim = statistics if target is None else target
+        self.mean = (aim.mean * aim.scale).to(device, config.weight_dtype)
         self.n_steps = tokens // self.batch_size
-        self.sae = arch.build(len(self.mean)).to(device, config.weight_dtype)
+        self.sae = arch.build(len(statistics.mean)).to(device, config.weight_dtype)
         distributed.share(self.batch_size)
         if config.micro_batch is not None and self.sae.needs_whole_batch:
             raise InputError(
@@ -595,12 +684,19 @@ class Trainer:
         fixed = self.arch.fixed_coefficient if isinstance(self.arch, Sparsity) else 0.0
         return fixed * min(1.0, (self.steps + 1) / max(1.0, self.config.warmup * self.n_steps))
 
-    def step(self, batch: Float[Tensor, "n d_in"]) -> None:
+    def step(
+        self,
+        batch: Float[Tensor, "n d_in"],
+        target: Float[Tensor, "n d_out"] | None = None,
+        labels: Float[Tensor, "n n_labels"] | None = None,
+    ) -> None:
         """Learn from one batch: in a distributed run, from all processes' shares of it, alike on every one.
 
         Raises NumericsError, before anything has changed, if it makes loss or gradient NaN or infinite.
         """
         x = batch.to(self.device, self.config.weight_dtype) * self.scale
+        if target is not None:
+            target = target.to(x) * self.target_scale
         if self.steps == 0:
             generator = torch.Generator().manual_seed(self.config.seed)
             self.sae.initialise(distributed.gather(x), self.mean, generator)
@@ -615,10 +711,13 @@ class Trainer:
             dtype=self.config.product_dtype,
             sparse=self.l0 < SPARSE_DENSITY * self.arch.d_sae
             and is_fast(self.device, self.config.product_dtype),
+            target=target,
+            labels=None if labels is None else labels.to(x),
         )
         with _tensor_cores(self.config.dtype == "tf32"):
             outcome = self._gradients(x, terms)
-        variance = distributed.mean((x - self.mean).square().sum() / len(x))
+        aim = x if target is None else target
+        variance = distributed.mean((aim - self.mean).square().sum() / len(x))
         self.sae.remove_parallel_gradient()
         loss, norm = float(outcome.loss), self._clip()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -730,7 +829,7 @@ class Trainer:
         sae = self.arch.build(self.sae.d_in).to(self.device, self.config.weight_dtype)
         sae.load_state_dict(self.sae.state_dict())
         sae.finish()
-        sae.fold_scale(self.scale)
+        sae.fold_scale(self.scale, self.target_scale)
         return sae.eval().requires_grad_(False)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -744,7 +843,7 @@ class Trainer:
         """The rest of a checkpoint, plain data."""
         return {
             "steps": self.steps,
-            "scale": self.scale,
+            "scale": self.scale if isinstance(self.scale, float) else self.scale.tolist(),
             "gradient_norm": self.gradient_norm,
             "l0": self.l0,
             "sums": self.sums,
@@ -763,7 +862,8 @@ class Trainer:
             }
         self.silent.copy_(tensors["silent"])
         self.mean = tensors["mean"].to(self.device)
-        self.steps, self.scale = state["steps"], state["scale"]
+        self.steps, scale = state["steps"], state["scale"]
+        self.scale = scale if isinstance(scale, float) else torch.tensor(scale).to(self.mean)
         self.gradient_norm, self.l0, self.sums = state["gradient_norm"], state["l0"], dict(state["sums"])
         if self.controller is not None:
             self.controller.load_state_dict(state["controller"])
@@ -820,15 +920,16 @@ def fit_all(
         stream.load_state_dict(found[1]["stream"])
     clock = _Clock(stream, list(jobs), found[1]["seconds"] if found is not None else None)
     with clock.waiting():
-        statistics = {job.site: stream.statistics(job.site) for job in jobs.values()}
+        readings = {name: Reading(job.arch, job.site, stream.statistics) for name, job in jobs.items()}
     trainers = {
         name: Trainer(
-            job.arch,
+            job.arch.bound(job.site, lambda site: len(stream.statistics(site).mean)),
             job.site,
-            statistics[job.site],
+            readings[name].input,
             tokens,
             config if job.seed is None else replace(config, seed=job.seed),
             torch.device(device),
+            readings[name].target,
         )
         for name, job in jobs.items()
     }
@@ -855,7 +956,7 @@ def fit_all(
                 batch = next(stream)
             for name, trainer in trainers.items():
                 with clock.training(name):
-                    trainer.step(batch[trainer.site])
+                    trainer.step(*readings[name](batch))
             last = first.steps == first.n_steps
             if runs and (last or first.steps % config.log_every == 0):
                 lines = {name: trainers[name].metrics() for name in runs}

@@ -42,6 +42,15 @@ class ModelPair:
         self.d_vocab, self.is_causal = base.d_vocab, base.is_causal
         self.bos_id, self.pad_id = base.bos_id, base.pad_id
 
+    @classmethod
+    def of(cls, base: HookedModel, tuned: Any) -> ModelPair:
+        """The pair of a model and a tuned copy of it: a name, a directory or a loaded model."""
+        if not isinstance(tuned, HookedModel):
+            tuned = HookedModel.from_pretrained(
+                tuned, tokenizer=base.tokenizer, device=base.device, dtype=base.dtype
+            )
+        return cls(base, tuned)
+
     def __repr__(self) -> str:
         return f"ModelPair({self.base!r}, {self.tuned!r})"
 

@@ -30,7 +30,7 @@ from steerkit.pair import both
 class Crosscoder(BatchTopK):
     """BatchTopK over several sites; `site` names them, with commas between."""
 
-    tuned: str | None = None
+    tuned: str | None = None  # type: ignore[misc]
     """The fine-tuned copy whose activations stand beside the model's, at each of the sites; None: the model alone."""
     widths: tuple[int, ...] = ()
     """Widths of the sites; training fills them in."""

@@ -30,7 +30,7 @@ from steerkit.errors import InputError
 class Guided(TopK):
     """TopK whose first latents are guided by labels, one each."""
 
-    labels: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()  # type: ignore[misc]
     """What the first latents are taught, such as `("mood=happy", "weather=rain")`: column (or attribute of StoryWorld) = value."""
     guidance: float = 1.0
     """γ, the weight of the labels' cross-entropy beside the squared error as a share of ‖x‖²."""
@@ -64,7 +64,7 @@ class GuidedSAE(TopKSAE):
 
     def __init__(self, config: Guided, d_in: int) -> None:
         super().__init__(config, d_in)
-        self.n_labels = len(config.labels)
+        self.labels, self.n_labels = config.labels, len(config.labels)
         self.weight = config.guidance * d_in
         self.positive = config.cond_loss_scaling
 

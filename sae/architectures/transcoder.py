@@ -54,7 +54,7 @@ class Transcoder(TopK):
             "k": self.k,
             "d_out": self.d_out,
             "apply_b_dec_to_input": False,
-            "hook_name_out": self.target_site,
+            "metadata": {"hook_name_out": self.target_site},
         }
 
     def build(self, d_in: int) -> SAE:

@@ -13,12 +13,12 @@ that holds anything but numbers: no pickled code is ever run.
 
 | format | files | read | written |
 |---|---|---|---|
-| `saelens`, `steerkit` | cfg.json, sae_weights.safetensors | yes | yes |
+| `saelens`, `steerkit` | cfg.json, sae_weights.safetensors | yes, and transcoders, crosscoders | the same |
 | `dictionary_learning` | ae.pt, config.json | yes | yes |
 | `sparsify` | cfg.json, sae.safetensors | TopK | TopK |
 | `gemma_scope` | params.npz, or params.safetensors and config.json | SAEs | – |
 | `llama_scope` | hyperparams.json, checkpoints/final.safetensors | SAEs | – |
-| `jumprelu` | SAELens's, as ReLU latents with thresholds | – | all but TopK |
+| `jumprelu` | SAELens's, as ReLU latents with thresholds | – | SAEs but TopK |
 
 A format is a file here and a line in `FORMATS`. What sae-lens lacks is registered with it when it is imported (`registration`).
 """
@@ -148,8 +148,11 @@ def greatest_difference(a: SAE, b: SAE, n: int = 64) -> float:
     generator = torch.Generator().manual_seed(0)
     which = torch.randint(a.d_sae, (n, min(16, a.d_sae)), generator=generator)
     weights = torch.rand(which.shape, generator=generator)
-    x = torch.stack([w @ a.W_dec[i] for w, i in zip(weights, which)])
-    x = x + 0.1 * x.std() * torch.randn(x.shape, generator=generator) + a.b_dec
+    reads_what_it_gives = a.W_dec.shape[1] == a.d_in
+    directions = a.W_dec if reads_what_it_gives else a.W_enc.T
+    x = torch.stack([w @ directions[i] for w, i in zip(weights, which)])
+    x = x + 0.1 * x.std() * torch.randn(x.shape, generator=generator)
+    x = x + a.b_dec if reads_what_it_gives else x
     ours, theirs = a(x), b(x)
     apart = (ours - theirs).norm(dim=1) / (x.norm(dim=1) + ours.norm(dim=1)).clamp_min(1e-12)
     return float(apart.median())

@@ -34,7 +34,12 @@ class Format:
 
 
 def as_jumprelu(sae: SAE) -> SAE:
-    """The same SAE as ReLU latents that are cut off at thresholds. Of a TopK SAE the limit to k latents is given up."""
+    """The same SAE as ReLU latents that are cut off at thresholds. Of a TopK SAE the limit to k latents is given up.
+
+    Raises InputError for transcoders and crosscoders, which no JumpReLU SAE is the same as.
+    """
+    if sae.config.own_thresholds is not None:
+        raise InputError(f"A {sae.arch} is no JumpReLU SAE: keep it in steerkit's own layout.")
     made = jumprelu.fixed(sae.d_sae).build(sae.d_in)
     made.load_state_dict(sae.jumprelu_weights())
     made.metadata = dict(sae.metadata) | (
@@ -46,6 +51,8 @@ def as_jumprelu(sae: SAE) -> SAE:
 def build(arch: Config, tensors: Mapping[str, Tensor], file: Path) -> SAE:
     """An SAE with these tensors. CheckpointError when one is missing, of another shape, or not finite."""
     sae = arch.build(tensors["W_enc"].shape[0])
+    if arch.own_thresholds is not None and "threshold" in tensors:
+        sae.threshold = torch.zeros(sae.d_sae)
     wanted = sae.state_dict()
     for name, empty in wanted.items():
         if name not in tensors:
@@ -73,8 +80,9 @@ def renamed(stored: Mapping[str, Tensor], names: Mapping[str, str], file: Path) 
     return tensors
 
 
-def consistent(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """`tensors` itself. CheckpointError when the shapes do not fit together, W_enc being (d_in, d_sae)."""
+def consistent(tensors: dict[str, Tensor], file: Path, transcoder: bool = False) -> dict[str, Tensor]:
+    """`tensors` itself. CheckpointError when the shapes do not fit together, W_enc being (d_in, d_sae); what a transcoder gives
+    may be of another width."""
     for name in ("W_enc", "W_dec", "b_dec"):
         if name not in tensors:
             raise CheckpointError(f"{file} is damaged: it has no tensor {name!r}.")
@@ -84,7 +92,8 @@ def consistent(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
             f"{file} is damaged: the tensor 'W_enc' has the shape {shape}, not two dimensions."
         )
     d_in, d_sae = tensors["W_enc"].shape
-    shapes: dict[str, tuple[int, ...]] = {"W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    d_out = len(tensors["b_dec"]) if transcoder else d_in
+    shapes: dict[str, tuple[int, ...]] = {"W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_out, d_in)}
     shapes |= dict.fromkeys(("b_enc", "threshold", "b_gate", "b_mag", "r_mag"), (d_sae,))
     for name, shape in shapes.items():
         if name in tensors:

@@ -14,7 +14,7 @@ from steerkit.errors import InputError
 
 
 def write(sae: SAE, out: Path) -> None:
-    if isinstance(sae.config, TopK) and sae.threshold is None:
+    if isinstance(sae.config, TopK) and sae.threshold is None and sae.config.own_thresholds is None:
         raise InputError(
             "A TopK SAE is not JumpReLU: the limit to k latents a token would be lost. Prune it first (`sae.prune`)."
         )

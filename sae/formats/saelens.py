@@ -3,7 +3,8 @@
     load("gpt2_sae/")                                         what sae-lens saved, of any version
     load("saelens:gpt2-small-res-jb/blocks.7.hook_resid_pre") a release and an id; sae-lens is imported and fetches it
 
-The architectures standard, gated, topk and jumprelu are read; normalisation token by token is refused.
+The architectures standard, gated, topk, jumprelu and all transcoders are read, and our crosscoders, which sae-lens does not know;
+normalisation token by token is refused.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sae.architectures import REGISTRY, SAE, Config, get, jumprelu
 from sae.architectures.gated import Gated
 from sae.architectures.l1 import L1
 from sae.architectures.topk import TopK
+from sae.architectures.transcoder import Transcoder
 from sae.formats.base import (
     Format,
     build,
@@ -61,11 +64,13 @@ def from_parts(config: Mapping[str, Any], tensors: dict[str, Tensor], where: Pat
         raise refuse(
             where, f"activations are normalised by {normalisation!r}; that cannot be folded into weights."
         )
+    if config["architecture"] in ("transcoder", "skip_transcoder"):  # ReLU: a latent is active above 0
+        tensors["threshold"] = torch.zeros_like(tensors["b_enc"])
     factor = tensors.pop("finetuning_scaling_factor", tensors.pop("scaling_factor", None))
     if factor is not None and not bool((factor == 1).all()):
         raise refuse(where, "its latents have a scaling factor from fine-tuning; that is not supported.")
-    consistent(tensors, file)
-    if not config.get("apply_b_dec_to_input", True):
+    consistent(tensors, file, isinstance(arch, Transcoder))
+    if not config.get("apply_b_dec_to_input", True) and not isinstance(arch, Transcoder):
         subtract_b_dec_in_biases(tensors)
     if config.get("rescale_acts_by_decoder_norm"):
         norms = tensors["W_dec"].norm(dim=1)
@@ -149,8 +154,15 @@ def _arch_of(config: Mapping[str, Any], own: Mapping[str, Any], where: Path) -> 
     known = settings.pop("name", None)
     if architecture == "topk":
         settings["k"] = int(config["k"])
-    if known in REGISTRY and get(known).saelens_architecture == architecture:
+    plain = architecture.replace("skip_", "")
+    if known in REGISTRY and plain in (get(known).saelens_architecture, get(known).own_thresholds):
         return get(known)(**{**settings, "d_sae": d_sae})
+    if plain in ("transcoder", "jumprelu_transcoder", "topk_transcoder"):
+        k = int(config["k"]) if plain == "topk_transcoder" else d_sae
+        target = site_name((config.get("metadata") or {}).get("hook_name_out"))
+        return Transcoder(
+            d_sae, k=k, target_site=target, skip=plain != architecture, d_out=int(config["d_out"])
+        )
     if architecture == "topk":
         return TopK(d_sae, k=settings["k"])
     if architecture == "standard":
@@ -161,7 +173,7 @@ def _arch_of(config: Mapping[str, Any], own: Mapping[str, Any], where: Path) -> 
         return jumprelu.fixed(d_sae)
     raise refuse(
         where,
-        f"SAEs of the architecture {architecture!r} cannot be read; standard, gated, topk and jumprelu can.",
+        f"SAEs of the architecture {architecture!r} cannot be read; standard, gated, topk, jumprelu and transcoders can.",
     )
 
 

@@ -45,7 +45,7 @@ def read(path: Path) -> SAE:
 
 
 def write(sae: SAE, out: Path) -> None:
-    if not isinstance(sae.config, TopK) or sae.threshold is not None:
+    if sae.saelens_architecture != "topk" or not isinstance(sae.config, TopK):
         raise InputError(f"sparsify's format holds TopK SAEs only; this one is {sae.arch}.")
     weights = sae.state_dict()
     stored = {name: weights[own] for name, own in _NAMES.items()}

@@ -115,7 +115,7 @@ def test_labels_from_a_column_of_a_table(model, suffix, tmp_path):
         labels = TokenLabels.of(part, ["label=2"])
         found = labels(np.array([4, 0, 4, 1]), np.array([0, 3, 1, -1]))["label=2"]
         assert found.tolist() == [float((first + i) % 3 == 2) for i in (4, 0, 4, 1)]
-    with pytest.raises(InputError, match="No document of .* has label=7. label is 0, 1, 2"):
+    with pytest.raises(InputError, match=r"No document of .* has label=7\. label is 0, 1, 2"):
         TokenLabels.of(train, ["label=7"])
     with pytest.raises(InputError, match=r"no column 'lable'.*Did you mean 'label'"):
         TokenLabels.of(train, ["lable=2"])
