@@ -1,4 +1,4 @@
-"""Products with sparse latents: what a training step does after the encoder's product. And the choice of the k largest.
+"""Products with sparse latents: what a training step does after the encoder's product.
 
     pattern = make_pattern(rows, columns, (n, d_sae), x.dtype)      # where latents are active
     pattern.times(values, W_dec)                                    # decode
@@ -6,7 +6,7 @@
     pattern.transposed_times(values, errors)                        # gradient of the decoder
 
 `Pattern` does it densely, on any device and in any dtype: the reference, and the fallback. `CSRPattern` is for CPUs, through
-compressed sparse rows; `TritonPattern` for GPUs on which Triton runs.
+compressed sparse rows; `TritonPattern` for GPUs on which Triton runs. `top_k` finds the k largest latents of each row.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ import warnings
 from functools import cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from sae.kernels.csr import CSRPattern
 from sae.kernels.pattern import Pattern
-
-_WIDE = 1024
-"""Rows are so long for Triton's choice of the largest to be sooner than torch's."""
+from sae.kernels.top_k import top_k
 
 
 def make_pattern(
@@ -48,23 +46,6 @@ def is_fast(device: torch.device, dtype: torch.dtype) -> bool:
         return dtype in (torch.float32, torch.float64)
     halves = (torch.bfloat16, torch.float16)
     return dtype in (torch.float32, torch.float64, *halves) and _triton_runs(device)
-
-
-def top_k(x: Float[Tensor, "*batch m"], k: int) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
-    """`x.topk(k, dim=-1, sorted=False)`: the values, which gradients go through, and the indices."""
-    if (
-        x.device.type == "cpu"
-        or x.shape[-1] < _WIDE
-        or x.dtype == torch.float64
-        or not is_fast(x.device, x.dtype)
-    ):
-        values, indices = x.topk(k, dim=-1, sorted=False)
-        return values, indices
-    from sae.kernels.triton_kernels import largest
-
-    values, indices = largest(x.detach().flatten(0, -2), k)
-    indices = indices.view(*x.shape[:-1], k)
-    return (x.gather(-1, indices) if x.requires_grad else values.view_as(indices)), indices
 
 
 @cache

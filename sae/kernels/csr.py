@@ -28,7 +28,7 @@ class CSRPattern(Pattern):
     def times(
         self, values: Float[Tensor, " entries"], matrix: Float[Tensor, "d_sae d"]
     ) -> Float[Tensor, "n d"]:
-        return _csr(self._row_starts, self.columns, values, self.shape) @ matrix
+        return _product(_csr(self._row_starts, self.columns, values, self.shape), matrix)
 
     def sample(
         self, left: Float[Tensor, "n d"], right: Float[Tensor, "d_sae d"]
@@ -40,7 +40,13 @@ class CSRPattern(Pattern):
         self, values: Float[Tensor, " entries"], left: Float[Tensor, "n d"]
     ) -> Float[Tensor, "d_sae d"]:
         starts, rows, order = self._by_column
-        return _csr(starts, rows, values[order], (self.shape[1], self.shape[0])) @ left
+        return _product(_csr(starts, rows, values[order], (self.shape[1], self.shape[0])), left)
+
+
+def _product(csr: Tensor, matrix: Tensor) -> Tensor:
+    """csr @ matrix, which itself would first fill and copy what it then writes over."""
+    out = matrix.new_empty(csr.shape[0], matrix.shape[1])
+    return torch.addmm(out, csr, matrix, beta=0.0, out=out)
 
 
 def _starts(sorted_or_not: Tensor, n: int) -> Tensor:

@@ -1,7 +1,6 @@
-"""Sparse products and top-k on GPUs, in Triton: products go over the entries alone, top-k reads each row a few times.
+"""Sparse products on GPUs, in Triton: none touches what is zero.
 
     TritonPattern(rows, columns, (n, d_sae)).times(values, W_dec)         like `Pattern`, to which all is equal but for rounding
-    largest(pre, k)                                                       like torch.topk, unsorted
 
 Products are multiplied and added one by one in float32 (float64 for float64), whatever the inputs' dtype: never as TF32, which is
 `torch.set_float32_matmul_precision`'s business and concerns torch's own products. Results do not change from run to run: each
@@ -77,19 +76,6 @@ class TritonPattern(Pattern):
         if active is not None:
             return self.column_sums(active.float())
         return self._by_column[0].diff().float()
-
-
-def largest(x: Float[Tensor, "n m"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The k largest of each row and where they are, in no particular order; of equals the first. For 0 < k <= m."""
-    x = x.contiguous()
-    n, m = x.shape
-    values = x.new_empty(n, k)
-    indices = torch.empty(n, k, dtype=torch.int64, device=x.device)
-    block = min(2048, triton.next_power_of_2(m))
-    shift = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[x.dtype]
-    with torch.cuda.device_of(x):
-        _largest_kernel[(n,)](x, values, indices, m, k, block, shift, num_warps=8)
-    return values, indices
 
 
 def _starts(ordered: Int[Tensor, " entries"], n: int) -> Int[Tensor, " n_plus_1"]:
@@ -181,69 +167,3 @@ def _sums_kernel(starts, values, out, ENTRIES: tl.constexpr, SUM: tl.constexpr):
         entries = first + tl.arange(0, ENTRIES)
         sums += tl.load(values + entries, mask=entries < end, other=0.0).to(SUM)
     tl.store(out + segment, tl.sum(sums, 0))
-
-
-@triton.jit
-def _keys(row, columns, m, SHIFT: tl.constexpr):
-    """Integers in the order of the numbers at `columns`, the lowest integer past the row's end."""
-    bits = tl.load(row + columns, mask=columns < m, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
-    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
-    return tl.where(columns < m, keys, -0x80000000)
-
-
-@triton.jit
-def _largest_kernel(x, values, indices, m, k, BLOCK: tl.constexpr, SHIFT: tl.constexpr):
-    """One row: find the k-th largest key by bisection, then write down what is above it and as many equals as are wanted.
-
-    The largest of each of BLOCK groups come first: the k-th largest of those is not above the k-th largest of all, and seldom
-    below it, so that one more look at the row is usually enough.
-    """
-    row = x + tl.program_id(0).to(tl.int64) * m
-    best = tl.full((BLOCK,), -0x80000000, tl.int32)
-    for first in range(0, m, BLOCK):
-        best = tl.maximum(best, _keys(row, first + tl.arange(0, BLOCK), m, SHIFT))
-    low, high = tl.min(best, 0).to(tl.int64), tl.max(best, 0).to(tl.int64) + 1
-    highest = high
-    while high - low > 1:  # at least k groups, if there are so many, reach `low`; fewer reach `high`
-        middle = low + (high - low) // 2
-        if tl.sum((best >= middle.to(tl.int32)).to(tl.int32), 0) >= k:
-            low = middle
-        else:
-            high = middle
-    if k > BLOCK:
-        low = tl.full((), -0x80000000, tl.int64)
-    high = highest
-    middle, above, searching = low, 0, True
-    while searching:
-        above, equal = 0, 0
-        for first in range(0, m, BLOCK):
-            columns = first + tl.arange(0, BLOCK)
-            keys = _keys(row, columns, m, SHIFT)
-            above += tl.sum((keys > middle.to(tl.int32)).to(tl.int32), 0)
-            equal += tl.sum(((keys == middle.to(tl.int32)) & (columns < m)).to(tl.int32), 0)
-        if above > k:
-            low = middle + 1
-        elif above + equal < k:
-            high = middle
-        else:
-            searching = False
-        if searching:
-            middle = low + (high - low) // 2
-
-    values += tl.program_id(0).to(tl.int64) * k
-    indices += tl.program_id(0).to(tl.int64) * k
-    above_before, equal_before = 0, 0
-    for first in range(0, m, BLOCK):
-        columns = first + tl.arange(0, BLOCK)
-        keys = _keys(row, columns, m, SHIFT)
-        is_above = (keys > middle.to(tl.int32)).to(tl.int32)
-        is_equal = ((keys == middle.to(tl.int32)) & (columns < m)).to(tl.int32)
-        rank = tl.cumsum(is_above + (is_equal << 16), 0)  # two counts in one
-        above_rank = above_before + (rank & 0xFFFF) - 1
-        equal_rank = above + equal_before + (rank >> 16) - 1
-        taken = (is_above > 0) | ((is_equal > 0) & (equal_rank < k))
-        at = tl.where(is_above > 0, above_rank, equal_rank)
-        tl.store(values + at, tl.load(row + columns, mask=taken), mask=taken)
-        tl.store(indices + at, columns.to(tl.int64), mask=taken)
-        above_before += tl.sum(is_above, 0)
-        equal_before += tl.sum(is_equal, 0)

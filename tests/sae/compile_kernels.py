@@ -25,18 +25,13 @@ KERNELS = {
         {"ENTRIES": 8, "WIDTH": 256, "SUM": tl.float32},
     ),
     "_sums_kernel": ({"starts": "*i32", "values": "*X", "out": "*fp32"}, {"ENTRIES": 128, "SUM": tl.float32}),
-    "_largest_kernel": (
-        {"x": "*X", "values": "*X", "indices": "*i64", "m": "i32", "k": "i32"},
-        {"BLOCK": 2048, "SHIFT": 0},
-    ),
 }
 
 for capability in (80, 90):
-    for dtype, shift in (("fp32", 0), ("bf16", 16)):
+    for dtype in ("fp32", "bf16"):
         for name, (arguments, constants) in KERNELS.items():
             types = {key: value.replace("X", dtype) for key, value in arguments.items()}
-            values = constants | ({"SHIFT": shift} if "SHIFT" in constants else {})
             kernel = getattr(triton_kernels, name)
-            source = ASTSource(kernel, types | dict.fromkeys(values, "constexpr"), values)
+            source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
             triton.compile(source, target=GPUTarget("cuda", capability, 32))
             print("compiled", name, dtype, capability)
