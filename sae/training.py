@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float
@@ -38,6 +38,7 @@ from sae.evaluation import Evaluation, evaluate, evaluate_all
 from sae.kernels import is_fast
 from sae.label_scores import label_scores
 from sae.latents import collect_latents
+from sae.memory import choose_micro_batch
 from sae.reading import Reading, Side
 from sae.schedule import TargetL0, learning_rate_factor
 from sae.sweep import Job, job_names, summarise, sweep_page
@@ -53,6 +54,8 @@ from steerkit.runs import Run, make_provenance, peak_memory_mb, progress
 
 SPARSE_DENSITY = 1 / 32
 """Share of the latents that may be active for products to go over them one by one (measured: `scripts/bench_sae.py`)."""
+_SAME_PRESS = 1.0
+"""Seconds within which signals are one request: launchers pass on what the terminal has sent already."""
 REVIVAL_SHARE = 0.8
 """The share of a run after which dead latents are no longer made anew: the rest is for learning."""
 
@@ -80,8 +83,9 @@ class TrainConfig:
     dtype: str = "float32"
     """What the products are computed in: float32, or bfloat16 with float32 weights and sums; tf32 is float32 on CUDA's tensor
     cores; with float64 weights and sums are in it too."""
-    micro_batch: int | None = None
-    """Tokens that gradients are computed of at once, on each process; they are summed to those of the batch. None: all of them."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Tokens that gradients are computed of at once, on each process; they are summed to those of the batch. None: all of them;
+    auto: as many as fit into the memory, chosen when the run starts and written to run.yaml."""
     block_tokens: int = 65_536
     """Tokens that are shuffled together."""
     held_out_tokens: int = 200_000
@@ -92,7 +96,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "micro_batch", "block_tokens", "held_out_tokens", "log_every"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and value != "auto" and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1.")
         if self.dtype not in ("float32", "tf32", "bfloat16", "float64"):
             raise InputError(
@@ -151,6 +155,7 @@ def train(
     device: str | torch.device | None = None,
     checkpoint_seconds: float = 60.0,
     resume: bool = False,
+    force: bool = False,
     quiet: bool = False,
     **settings: Any,
 ) -> SAERun:
@@ -161,13 +166,27 @@ def train(
     last checkpoint, and a finished one returned as it is. The labels of a guided SAE are StoryWorld's attributes or columns of the
     data, unless `labels` gives them for a text. A crosscoder's `site` is several, with commas between.
 
+    With `force` a run is continued although settings have changed, as far as its checkpoint allows. Processes that `torchrun` or
+    `accelerate launch` started train it together: each has its share of every batch, and rank 0 writes.
+
     Raises InputError for bad settings or a directory that holds another run, NumericsError on NaN or inf (the last checkpoint is
     kept), CheckpointError when every checkpoint is damaged. On Ctrl-C a checkpoint is saved first.
     """
-    task = _Pass.of(
-        model, data, {".": Job(site, arch)}, tokens, out, config, settings, tokenization, text_column, labels
-    )
-    return task.run(device or model.device, checkpoint_seconds, resume, quiet)[0]
+    with distributed.launched():
+        task = _Pass.of(
+            model,
+            data,
+            {".": Job(site, arch)},
+            tokens,
+            out,
+            config,
+            settings,
+            tokenization,
+            text_column,
+            labels,
+        )
+        task = task.fitted(torch.device(device or model.device), resume)
+        return task.run(device or model.device, checkpoint_seconds, resume, force, quiet)[0]
 
 
 def train_many(
@@ -184,6 +203,7 @@ def train_many(
     device: str | torch.device | None = None,
     checkpoint_seconds: float = 60.0,
     resume: bool = False,
+    force: bool = False,
     quiet: bool = False,
     **settings: Any,
 ) -> list[SAERun]:
@@ -194,21 +214,12 @@ def train_many(
     Otherwise as `train`, and a resumed pass ends with the same weights too.
     """
     named = dict(zip(job_names(jobs), jobs))
-    task = _Pass.of(model, data, named, tokens, out, config, settings, tokenization, text_column, labels)
-    origin = {"seed": task.config.seed, "revision": model.revision}
-    made_with = {
-        **task.made_with(),
-        "jobs": {
-            name: {"site": job.site, "arch": job.arch.to_dict(), "seed": job.seed}
-            for name, job in named.items()
-        },
-    }
-    run = Run.open(out, "sweep sae", made_with, resume=resume, provenance=make_provenance(**origin))
-    runs = task.run(device or model.device, checkpoint_seconds, resume, quiet)
-    if not run.finished:
-        summary = summarise({name: (job, made.summary) for (name, job), made in zip(task.jobs.items(), runs)})
-        sweep_page(summary, run.path / "report.html")
-        run.finish(summary)
+    with distributed.launched():
+        task = _Pass.of(model, data, named, tokens, out, config, settings, tokenization, text_column, labels)
+        task = task.fitted(torch.device(device or model.device), resume)
+        distributed.first(lambda: task.open_sweep(resume, force))
+        runs = task.run(device or model.device, checkpoint_seconds, resume, force, quiet)
+        distributed.first(lambda: task.report(runs))
     return runs
 
 
@@ -249,6 +260,50 @@ class _Pass:
         source = _Source.of(model, data, tokenization, text_column)
         return cls(model, source, jobs, tokens, Path(out), config, text_column, labels)
 
+    def fitted(self, device: torch.device, resume: bool) -> _Pass:
+        """The same with micro-batches that fit, where they are to be chosen: those of before, if it is resumed."""
+        if self.config.micro_batch != "auto":
+            return self
+        assert self.config.batch_size is not None
+        present = self.out / "run.yaml"
+        if resume and present.exists():
+            chosen = Run.load(self.out).config["training"].get("micro_batch")
+        else:
+            share = distributed.share(self.config.batch_size)
+            widths = sum(self.model.site(site).width for site in self._all_sites())
+            found = choose_micro_batch(
+                [(job.arch, self._d_in(job)) for job in self.jobs.values()],
+                share.stop - share.start,
+                self.config.product_dtype,
+                device,
+                reserved=2 * 4 * self.config.block_tokens * widths,
+            )
+            least = distributed.smallest(torch.tensor(found or self.config.batch_size, device=device))
+            chosen = int(least) if int(least) < self.config.batch_size else None
+        return replace(self, config=replace(self.config, micro_batch=chosen))
+
+    def _all_sites(self) -> list[str]:
+        return list(dict.fromkeys(site for job in self.jobs.values() for site in _sites(job)))
+
+    def open_sweep(self, resume: bool, force: bool) -> None:
+        """The run directory of all jobs together."""
+        jobs = {
+            name: {"site": job.site, "arch": job.arch.to_dict(), "seed": job.seed}
+            for name, job in self.jobs.items()
+        }
+        origin = make_provenance(seed=self.config.seed, revision=self.model.revision)
+        made_with = {**self.made_with(), "jobs": jobs}
+        Run.open(self.out, "sweep sae", made_with, resume=resume, force=force, provenance=origin)
+
+    def report(self, runs: Sequence[SAERun]) -> None:
+        """Finish the directory of all jobs together."""
+        run = Run.load(self.out)
+        if run.finished:
+            return
+        summary = summarise({name: (job, made.summary) for (name, job), made in zip(self.jobs.items(), runs)})
+        sweep_page(summary, run.path / "report.html")
+        run.finish(summary)
+
     def made_with(self) -> dict[str, Any]:
         """The settings that all jobs share."""
         return {
@@ -262,16 +317,17 @@ class _Pass:
         }
 
     def run(
-        self, device: str | torch.device, checkpoint_seconds: float, resume: bool, quiet: bool
+        self, device: str | torch.device, checkpoint_seconds: float, resume: bool, force: bool, quiet: bool
     ) -> list[SAERun]:
         """Train, evaluate and write all; gives the finished runs in the order of the jobs."""
         started = time.perf_counter()
-        runs = {name: self._open(name, resume) for name in self.jobs}
+        distributed.first(lambda: [self._open(name, resume, force) for name in self.jobs])
+        runs = {name: self._open(name, resume=True) for name in self.jobs}
         if all(run.finished for run in runs.values()):
             return [SAERun.load(run.path) for run in runs.values()]
-        sites = list(dict.fromkeys(site for job in self.jobs.values() for site in _sites(job)))
+        sites = self._all_sites()
         stream = self.source.stream(sites, self.config, self._columns(self.source.documents))
-        before_fit = time.perf_counter()
+        before = time.perf_counter() - started
         checkpoints = Checkpoints(self.out / "checkpoint")
         try:
             made = fit_all(
@@ -288,21 +344,32 @@ class _Pass:
             statistics = {site: stream.statistics(site) for site in sites}
         finally:
             stream.close()
-        beside_fit = before_fit - started - time.perf_counter()
         for name, (sae, _) in made.items():
             sae.metadata = self._metadata(self.jobs[name], statistics)
-            sae.save(runs[name].path)
-        found = self._evaluate({name: sae for name, (sae, _) in made.items()}, statistics)
-        beside_fit += time.perf_counter()
-        for name, (_, seconds) in made.items():
-            seconds = {**seconds, "total": seconds["total"] + beside_fit}
-            runs[name].finish(self._summary(self.jobs[name], found[name], seconds))
-        checkpoints.remove()
+        distributed.first(lambda: self._finish(runs, made, statistics, before))
         return [
             SAERun(run.path, made[name][0], run.summary, run.config, self.model) for name, run in runs.items()
         ]
 
-    def _open(self, name: str, resume: bool) -> Run:
+    def _finish(
+        self,
+        runs: Mapping[str, Run],
+        made: Mapping[str, tuple[SAE, dict[str, float]]],
+        statistics: Mapping[str, Statistics],
+        before: float,
+    ) -> None:
+        """Save, evaluate and sum up what was trained; `before` is the seconds that went by before the training."""
+        started = time.perf_counter()
+        for name, (sae, _) in made.items():
+            sae.save(runs[name].path)
+        found = self._evaluate({name: sae for name, (sae, _) in made.items()}, statistics)
+        beside_fit = before + time.perf_counter() - started
+        for name, (_, seconds) in made.items():
+            seconds = {**seconds, "total": seconds["total"] + beside_fit}
+            runs[name].finish(self._summary(self.jobs[name], found[name], seconds))
+        Checkpoints(self.out / "checkpoint").remove()
+
+    def _open(self, name: str, resume: bool, force: bool = False) -> Run:
         job = self.jobs[name]
         shared = self.made_with()
         made_with = {
@@ -320,8 +387,9 @@ class _Pass:
         }
         if len(self.jobs) > 1:
             origin["pass"] = {"seed": self.config.seed, "jobs": list(self.jobs)}
+        provenance = make_provenance(**origin)
         return Run.open(
-            self.out / name, "train sae", made_with, resume=resume, provenance=make_provenance(**origin)
+            self.out / name, "train sae", made_with, resume=resume, force=force, provenance=provenance
         )
 
     def _config(self, job: Job) -> TrainConfig:
@@ -585,7 +653,7 @@ class _Source:
         assert config.batch_size is not None
         if self.cache is not None:
             return self.cache.stream(
-                sites, config.batch_size, config.seed, device=self.model.device, columns=columns
+                sites, config.batch_size, config.seed, device=self.model.device, columns=columns, shared=True
             )
         return ActivationStream(
             self.model,
@@ -596,6 +664,7 @@ class _Source:
             block_tokens=config.block_tokens,
             seed=config.seed,
             columns=columns,
+            shared=True,
         )
 
 
@@ -652,8 +721,13 @@ class Trainer:
         self.mean = (aim.mean * aim.scale).to(device, config.weight_dtype)
         self.n_steps = tokens // self.batch_size
         self.sae = arch.build(len(statistics.mean)).to(device, config.weight_dtype)
-        distributed.share(self.batch_size)
-        if config.micro_batch is not None and self.sae.needs_whole_batch:
+        share = distributed.share(self.batch_size)
+        if config.micro_batch == "auto":
+            size, dtype = share.stop - share.start, config.product_dtype
+            self.config = replace(
+                config, micro_batch=choose_micro_batch([(arch, self.sae.d_in)], size, dtype, device)
+            )
+        elif config.micro_batch is not None and self.sae.needs_whole_batch:
             raise InputError(
                 f"{arch.name} chooses its latents over the whole batch, which cannot be cut into micro-batches: "
                 "leave out micro_batch, or take a smaller batch_size."
@@ -747,6 +821,7 @@ class Trainer:
 
     def _gradients(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Step:
         """The whole batch's gradients, from micro-batches and all processes, and what the batch gave."""
+        assert self.config.micro_batch != "auto"
         size = self.config.micro_batch or len(x)
         parts = [slice(start, start + size) for start in range(0, len(x), size)]
         if len(parts) == 1:
@@ -842,6 +917,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """The rest of a checkpoint, plain data."""
         return {
+            "arch": {"name": self.arch.name, "d_in": self.sae.d_in, "d_sae": self.sae.d_sae},
             "steps": self.steps,
             "scale": self.scale if isinstance(self.scale, float) else self.scale.tolist(),
             "gradient_norm": self.gradient_norm,
@@ -851,7 +927,13 @@ class Trainer:
         }
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint. Raises CheckpointError when it is of another architecture or width."""
+        here, there = self.state()["arch"], state["arch"]
+        if here != there:
+            raise CheckpointError(
+                f"The checkpoint is of {there['name']} with {there['d_sae']} latents of width {there['d_in']}, not of "
+                f"{here['name']} with {here['d_sae']} of width {here['d_in']}: resume with the former, or choose another --out."
+            )
         self.sae.load_state_dict(
             {k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")}
         )
@@ -936,11 +1018,14 @@ def fit_all(
     if found is not None:
         _load(trainers, *found)
     first = next(iter(trainers.values()))
+    _require_same_place(first)
+    writes = distributed.is_first()
     for name, run in runs.items():
-        run.rewind("step", trainers[name].steps)
+        if writes:
+            run.rewind("step", trainers[name].steps)
 
     def save() -> None:
-        if checkpoints is not None:
+        if checkpoints is not None and writes:
             place = {"steps": first.steps, "stream": stream.state_dict(), "seconds": clock.state()}
             checkpoints.save(first.steps, *_checkpoint(trainers, place))
 
@@ -949,7 +1034,7 @@ def fit_all(
     title = f"{first.arch.name} SAE" if len(trainers) == 1 else f"{len(trainers)} SAEs"
     with (
         _deferred_interrupts() as interrupted,
-        progress(total, title, quiet=quiet, done=first.tokens) as bar,
+        progress(total, title, quiet=quiet or not writes, done=first.tokens) as bar,
     ):
         while first.steps < first.n_steps:
             with clock.waiting():
@@ -961,10 +1046,11 @@ def fit_all(
             if runs and (last or first.steps % config.log_every == 0):
                 lines = {name: trainers[name].metrics() for name in runs}
                 for name, line in lines.items():
-                    runs[name].log({**line, "tokens_per_second": clock.rates(first.tokens, name)})
+                    if writes:
+                        runs[name].log({**line, "tokens_per_second": clock.rates(first.tokens, name)})
                 shown = {key: sum(line[key] for line in lines.values()) / len(lines) for key in _SHOWN}
                 bar.advance(first.tokens - bar.done, **shown)
-            if interrupted.is_set():
+            if distributed.any_of(interrupted.is_set(), first.device):
                 save()
                 raise KeyboardInterrupt
             if last or time.monotonic() - saved >= checkpoint_seconds:
@@ -975,6 +1061,15 @@ def fit_all(
 
 _SHOWN = ("fvu", "l0", "dead_fraction")
 """Figures beside the progress bar: means over the jobs."""
+
+
+def _require_same_place(trainer: Trainer) -> None:
+    """Raise CheckpointError when the processes do not begin at the same step."""
+    steps = torch.tensor([trainer.steps], device=trainer.device)
+    if len(distributed.gather(steps).unique()) > 1:
+        raise CheckpointError(
+            "The processes have found different checkpoints: --out must be a directory that all of them see."
+        )
 
 
 def _checkpoint(
@@ -1063,19 +1158,25 @@ class _Clock:
 def _deferred_interrupts() -> Iterator[threading.Event]:
     """Ctrl-C and SIGTERM set the event, so that a step is never cut in two; a second Ctrl-C interrupts at once."""
     asked = threading.Event()
+    when = 0.0
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
     def ask(signum: int, frame: Any) -> None:
+        nonlocal when
         if asked.is_set():
+            if time.monotonic() - when < _SAME_PRESS:
+                return
             raise KeyboardInterrupt
         asked.set()
-        print(
-            "Stopping after this step and saving a checkpoint (Ctrl-C again: at once).",
-            file=sys.stderr,
-            flush=True,
-        )
+        when = time.monotonic()
+        if distributed.is_first():
+            print(
+                "Stopping after this step and saving a checkpoint (Ctrl-C again: at once).",
+                file=sys.stderr,
+                flush=True,
+            )
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -32,7 +32,7 @@ def jobs(arguments: argparse.Namespace) -> list[tuple[str, list[str]]]:
         bert = ["--model", arguments.bert, "--data", arguments.wikitext, "--site", "blocks.3.hook_resid_post"]
         bert += ["--context", "128", "--packing", "--d-sae", "3072", "--tokens", "1000000"]
         found.append(("bert-topk", [*bert, "--arch", "topk", "--k", "64"]))
-        found.append(("bert-gated", [*bert, "--arch", "gated", "--target-l0", "62"]))
+        found.append(("bert-gated", [*bert, "--arch", "gated", "--target-l0", "58"]))
     if arguments.llama:
         llama = [
             "--model",

@@ -169,11 +169,13 @@ class Run:
         config: Mapping[str, Any],
         *,
         resume: bool = False,
+        force: bool = False,
         provenance: Mapping[str, Any] | None = None,
     ) -> Run:
         """Open `out` for a run of `kind` with the resolved `config`.
 
-        A new or empty directory is set up; with `resume`, a directory of the same kind and configuration is continued.
+        A new or empty directory is set up; with `resume`, a directory of the same kind and configuration is continued. With
+        `force`, too, other settings take the place of those that are there, and provenance.json says what was changed.
         Raises InputError when the directory holds something else.
         """
         import yaml
@@ -191,13 +193,21 @@ class Run:
                     f"{path} holds {state} run ({found.get('kind', 'unknown')}). "
                     "Continue it with --resume, or give another --out."
                 )
-            differing = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
-            if differing:
-                key = differing[0]
-                raise InputError(
-                    f"{path} holds another run: {key} is {found.get(key)!r} there and {wanted.get(key)!r} here. "
-                    "Give another --out, or the same settings to resume it."
+            changed = _changes(found, wanted)
+            if changed and not (force and found.get("kind") == kind):
+                named = "; ".join(
+                    f"{key} is {there!r} there and {here!r} here" for key, there, here in changed[:5]
                 )
+                more = f"; {len(changed) - 5} more differ" if len(changed) > 5 else ""
+                raise InputError(
+                    f"{path} holds another run: {named}{more}. "
+                    "Give another --out, the same settings to resume it, or --force to go on with these."
+                )
+            if changed:
+                origin = read_json(path / "provenance.json")
+                origin["changed"] = [*origin.get("changed", []), {"settings": changed, "at": _now()}]
+                write_json(path / "provenance.json", origin)
+                atomic_write(present, yaml.safe_dump(wanted, sort_keys=False))
         else:
             if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
                 raise InputError(f"{path} is not empty and holds no run; give --out another directory.")
@@ -264,6 +274,24 @@ class Run:
         write_json(self.path / "summary.json", summary)
 
 
+def _changes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(dotted name, value there, value here) of each setting that differs."""
+    there, here = _flat(found), _flat(wanted)
+    names = [*here, *(name for name in there if name not in here)]
+    return [(name, there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def make_provenance(**extra: Any) -> dict[str, Any]:
     """Versions, command line, hardware and time, for provenance.json; `extra` adds model, data hash, seed and so on."""
     import torch
@@ -285,7 +313,7 @@ def make_provenance(**extra: Any) -> dict[str, Any]:
         "command": sys.argv,
         "versions": versions,
         "hardware": hardware,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": _now(),
     }
 
 

@@ -59,10 +59,7 @@ class BatchTopKSAE(TopKSAE):
     def choose(self, pre: Float[Tensor, "n d_sae"]) -> list[Entries]:
         rows, columns, values = self._largest(pre, shared=True)
         with torch.no_grad():
-            found = values.detach()
-            least = distributed.smallest(
-                torch.where(found > 0, found, torch.inf).amin() if len(found) else pre.new_tensor(torch.inf)
-            )
+            least = distributed.smallest(values.detach().amin() if len(values) else pre.new_tensor(torch.inf))
             if least.isfinite():
                 self.smallest.mul_(_MEMORY).add_(
                     torch.stack([least, torch.ones_like(least)]).to(self.smallest)
@@ -70,9 +67,10 @@ class BatchTopKSAE(TopKSAE):
         return [(rows, columns, values)]
 
     def _largest(self, pre: Float[Tensor, "n d_sae"], shared: bool = False) -> Entries:
-        """The k · n largest positive entries, in the order of rows; with `shared` of those of all processes' batches together.
+        """The k · n largest positive entries, and what equals the last of them, in the order of rows; with `shared` of those of
+        all processes' batches together.
 
-        Those above half of the usual limit are looked at first.
+        Equal tokens (the first of a text, often) so have equal latents. Entries above half of the usual limit are looked at first.
         """
         ranks = distributed.world_size() if shared else 1
         wanted = self.k * len(pre) * ranks
@@ -85,11 +83,12 @@ class BatchTopKSAE(TopKSAE):
                 n_candidates = int(distributed.add_up(torch.tensor(n_candidates, device=pre.device)))
             if n_candidates >= wanted:
                 break
-        if len(candidates) > wanted:
-            kept = values[candidates].topk(wanted, sorted=False).indices
-            candidates = candidates[kept].sort().values
-        if ranks > 1 and n_candidates > wanted:
-            limit = distributed.gather(values[candidates]).topk(wanted, sorted=False).values.amin()
+        if n_candidates > wanted:
+            highest = values[candidates]
+            if ranks > 1:
+                own = min(wanted, len(highest))
+                highest = distributed.gather(highest.topk(own, sorted=False).values)
+            limit = highest.topk(wanted, sorted=False).values.amin()
             candidates = candidates[values[candidates] >= limit]
         rows = torch.div(candidates, self.d_sae, rounding_mode="floor")
         columns = candidates - rows * self.d_sae

@@ -17,9 +17,8 @@ The last two have no directions, so that they cannot be ablated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -93,7 +92,13 @@ def activity(sae: SAE, acts: Float[Tensor, "n d_in"]) -> csr_array:
     """(n, d_sae) latents, those that are not zero. Raises NumericsError on NaN or inf."""
     from scipy.sparse import csr_array, vstack
 
-    parts = [csr_array(latents.float().cpu().numpy()) for latents in encoded(sae, acts)]
+    parts = []
+    for latents in encoded(sae, acts):
+        latents = latents.float().cpu()
+        row, column = latents.nonzero(as_tuple=True)
+        starts = np.concatenate([[0], np.cumsum(np.bincount(row.numpy(), minlength=len(latents)))])
+        entries = (latents[row, column].numpy(), column.numpy(), starts)
+        parts.append(csr_array(entries, shape=tuple(latents.shape)))
     found = vstack(parts, format="csr")
     if not np.isfinite(found.data).all():
         raise NumericsError("The SAE gives NaN or inf: check its weights.")
@@ -186,13 +191,3 @@ def logistic(
     probe.fit((columns - mean) / scale, labels, sample_weight=weights)
     found = probe.coef_[0] / scale
     return found, float(probe.intercept_[0] - found @ mean)
-
-
-def chunks(n: int, of: int) -> Iterator[slice]:
-    """Slices of `of` up to n."""
-    return (slice(start, min(start + of, n)) for start in range(0, n, of))
-
-
-def as_plain(value: Any) -> Any:
-    """Numpy numbers and arrays as plain ones."""
-    return value.tolist() if hasattr(value, "tolist") else value

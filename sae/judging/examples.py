@@ -95,13 +95,6 @@ class Examples:
         return f"{len(self.concepts)} concepts; chosen on {halves[0]:,} documents, scored on {halves[1]:,} others"
 
 
-def balanced_weights(labels: Bool[np.ndarray, "n concepts"]) -> tuple[np.ndarray, np.ndarray]:
-    """(n, concepts) weights of the positives and of the negatives; each column of either sums to a half."""
-    positive = labels / np.maximum(labels.sum(0), 1) / 2
-    negative = ~labels / np.maximum((~labels).sum(0), 1) / 2
-    return positive, negative
-
-
 def hit_sums(
     correct: Bool[np.ndarray, "n concepts"], labels: Bool[np.ndarray, "n concepts"], groups: np.ndarray
 ) -> Float[np.ndarray, "g concepts 4"]:

@@ -49,8 +49,8 @@ WORD_FAMILIES = ("mood", "tense", "gender", "politeness")
 """Attributes that many different words tell: what absorption is looked for in."""
 SHOWN_N = 5
 """Ablated candidates of the SCR and TPP that a table shows."""
-FITTED_ON = 16_384
-"""Tokens that a random SAE's thresholds are fitted on."""
+FITTED_ON = 1 << 26
+"""Latents that a random SAE's thresholds are fitted on, on at most 16,384 tokens."""
 CEILING = "posterior"
 
 Found = TypeVar("Found")
@@ -288,7 +288,8 @@ def _dictionaries(
 
     def of_random_sae() -> Made:
         chosen = torch.from_numpy(reading.document < reading.source.n_chosen)
-        return of_sae("random SAE", random_sae(sae, reading.acts[chosen][:FITTED_ON]))
+        n = min(16_384, FITTED_ON // sae.d_sae)
+        return of_sae("random SAE", random_sae(sae, reading.acts[chosen][:n]))
 
     def of_random_model() -> Made:
         assert random_model_sae is not None

@@ -6,7 +6,7 @@ For one concept, with trees fitted on the chosen examples and balanced accuracie
 
     accs_0        of the best candidate: a stump, that is a Gini decision tree of depth 1 over all candidates
     accs_p        of the best stump once the p best candidates are gone (each the root of a tree without those before)
-    accs_cum_i    of a Gini tree over all candidates, cut at depth i
+    accs_cum_i    of a Gini tree over all candidates (of more than 1,024: those with the best stumps), cut at depth i
 
     FMS_local@p = 2 (accs_0 - accs_p)                          high if nothing else tells the concept
     FMS_global  = 1 - Σ_{i=1..n} (accs_cum_i - accs_0) / n     high if more candidates add nothing
@@ -36,13 +36,15 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sae.judging.dictionaries import Dictionary
-from sae.judging.examples import Examples, balanced_accuracy, balanced_weights, clustered, hit_sums, of_share
+from sae.judging.examples import Examples, balanced_accuracy, clustered, hit_sums, of_share
 from steerkit.errors import InputError
 from steerkit.runs import write_json
 from steerkit.stats import Interval
 
 PS = (1, 5)
 DEPTH = 5
+TREE_CANDIDATES = 1024
+"""Deeper trees are grown from so many of the best stumps' candidates; with no more candidates, from all."""
 
 
 @dataclass(frozen=True)
@@ -122,14 +124,16 @@ def monosemanticity(
     labels, chosen = examples.labels, examples.chosen
     stumps = Stumps(dictionary, chosen)
     predictions = np.empty((1 + len(ps) + depth, *labels.shape), dtype=bool)
-    fitted_on, asked = _int32(dictionary.values[chosen]), _int32(dictionary.values)
+    fitted_on, asked = _for_trees(dictionary.values[chosen]), _for_trees(dictionary.values)
     roots = []
     for c in range(labels.shape[1]):
-        ranked = stumps.ranked(labels[chosen, c], 1 + max(ps))
+        ranked = stumps.ranked(labels[chosen, c], 1 + max(ps), TREE_CANDIDATES)
         roots.append(ranked.candidate[0])
         for row, place in enumerate((0, *ps)):
             predictions[row, :, c] = ranked.predict(dictionary, place)
-        predictions[1 + len(ps) :, :, c] = _tree(fitted_on, asked, labels[chosen, c], depth)
+        predictions[1 + len(ps) :, :, c] = _tree(
+            fitted_on[:, ranked.candidates], asked[:, ranked.candidates], labels[chosen, c], depth
+        )
     correct = predictions == labels
 
     def sums(part: np.ndarray) -> Float[np.ndarray, "g rows concepts 4"]:
@@ -187,6 +191,8 @@ class RankedStumps:
     threshold: Float[np.ndarray, " k"]
     above: Bool[np.ndarray, " k"]
     """Whether values above the threshold mean yes."""
+    candidates: Int[np.ndarray, " m"]
+    """The best ones, in their order: more than there are thresholds for."""
 
     def predict(self, dictionary: Dictionary, place: int) -> Bool[np.ndarray, " n"]:
         """What the stump at a place of the ranking says: no if its candidate is constant, or there is none."""
@@ -222,30 +228,36 @@ class Stumps:
         same = self.candidate[1:] == self.candidate[:-1]
         self.splits = np.append(same & (self.values[1:] > self.values[:-1]), False)
         """Whether a candidate can be split after an entry."""
+        self.n = n
+        self.examples = self._at_or_below(np.ones(n, dtype=np.int64))
 
-    def ranked(self, labels: Bool[np.ndarray, " n"], k: int) -> RankedStumps:
-        """The k best candidates for one concept, the best first."""
-        below = np.stack([self._below(side[:, 0]) for side in balanced_weights(labels[:, None])])
-        above = 0.5 - below
+    def ranked(self, labels: Bool[np.ndarray, " n"], k: int, ranking: int) -> RankedStumps:
+        """The best k stumps for one concept, the best first, and the candidates of the best `ranking`."""
+        hits = self._at_or_below(labels.astype(np.int64))
+        # Weights of either class sum to a half; p and q are those of positives and negatives that are not above.
+        p = hits * (0.5 / max(labels.sum(), 1))
+        q = (self.examples - hits) * (0.5 / max((~labels).sum(), 1))
+        impurity = _gini(p, q)
+        impurity += _gini(0.5 - p, 0.5 - q)
         # Rounded, so that candidates that are equally good are tied and the first is taken.
-        impurity = np.round(_gini(*below) + _gini(*above), 10)
-        impurity[~self.splits] = np.inf
+        impurity = np.where(self.splits, np.round(impurity, 10), np.inf)
         best = np.minimum.reduceat(impurity, self.bounds[:-1])
-        top = np.argsort(best, kind="stable")[:k]
+        order = np.argsort(best, kind="stable")
+        top = order[:k]
         entry = np.array([first + impurity[first:last].argmin() for first, last in self._spans(top)])
         after = np.minimum(entry + 1, len(self.values) - 1)
         threshold = (self.values[entry].astype(np.float64) + self.values[after]) / 2
         constant = np.isinf(best[top])
         threshold[constant] = np.inf
-        return RankedStumps(top, threshold, (above[0] > above[1])[entry] | constant)
+        return RankedStumps(top, threshold, (p < q)[entry] | constant, order[:ranking])
 
-    def _below(self, weights: Float[np.ndarray, " n"]) -> Float[np.ndarray, " entries"]:
-        """Weight of the examples at or below each entry, of its candidate."""
-        found = np.append(weights, 0.0)[self.rows]
+    def _at_or_below(self, counts: Int[np.ndarray, " n"]) -> Int[np.ndarray, " entries"]:
+        """Sum of the examples' counts at or below each entry, of its candidate."""
+        found = np.append(counts, 0)[self.rows]
         first = self.bounds[:-1]
-        found[self.zeros] = weights.sum() - np.add.reduceat(found, first)[self.candidate[self.zeros]]
+        found[self.zeros] = counts.sum() - np.add.reduceat(found, first)[self.candidate[self.zeros]]
         sums = np.cumsum(found)
-        return sums - (sums - found)[first][self.candidate]
+        return sums - np.repeat((sums - found)[first], np.diff(self.bounds))
 
     def _spans(self, candidates: Int[np.ndarray, " k"]) -> list[tuple[int, int]]:
         return [(int(self.bounds[c]), int(self.bounds[c + 1])) for c in candidates]
@@ -254,17 +266,23 @@ class Stumps:
 def _gini(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
     """Gini impurity of a leaf times its weight."""
     total = positive + negative
-    return 2 * positive * negative / np.where(total > 1e-12, total, 1.0)
+    np.maximum(total, 1e-12, out=total)
+    return 2 * positive * negative / total
 
 
-def _int32(values: Any) -> Any:
-    """Values with the indices that scikit-learn's trees want."""
-    from scipy.sparse import csr_array
+def _for_trees(values: Any) -> Any:
+    """Values in the types that scikit-learn's trees want, ready for columns to be taken."""
+    from scipy.sparse import csc_array
 
     if isinstance(values, np.ndarray):
-        return values.astype(np.float32)
-    parts = (values.data.astype(np.float32), values.indices.astype(np.int32), values.indptr.astype(np.int32))
-    return csr_array(parts, shape=values.shape)
+        return np.asfortranarray(values, dtype=np.float32)
+    columns = csc_array(values)
+    parts = (
+        columns.data.astype(np.float32),
+        columns.indices.astype(np.int32),
+        columns.indptr.astype(np.int32),
+    )
+    return csc_array(parts, shape=values.shape)
 
 
 def _tree(
@@ -280,7 +298,7 @@ def _tree(
     tree.fit(fitted_on, labels)
     says = tree.tree_.value[:, 0, :].argmax(1) == list(tree.classes_).index(True)
     depths = _node_depths(tree.tree_)
-    paths = tree.decision_path(asked).tocsr()
+    paths = tree.decision_path(asked if isinstance(asked, np.ndarray) else asked.tocsr()).tocsr()
     path_depths = depths[paths.indices]
     example = np.repeat(np.arange(paths.shape[0]), np.diff(paths.indptr))
     found = np.empty((depth, paths.shape[0]), dtype=bool)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +37,7 @@ Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; the best there is by default.")
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+Force = Annotated[bool, typer.Option("--force", help="With --resume: go on although settings have changed.")]
 Json = Annotated[
     bool, typer.Option("--json", help="Print the result as one JSON object in the last line of stdout.")
 ]
@@ -54,7 +57,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         _quieten_libraries()
         try:
-            with interruptible():
+            with interruptible(), launched():
                 function(*args, **kwargs)
         except SteerkitError as error:
             fail(str(error), error.exit_code)
@@ -73,6 +76,23 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+@contextlib.contextmanager
+def launched() -> Iterator[None]:
+    """Join the other processes, where `torchrun` or `accelerate launch` started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield
+        return
+    from steerkit import distributed
+
+    with distributed.launched():
+        yield
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def fail(message: str, code: int) -> None:
     """Print one line on stderr and exit with `code`."""
     prefix = "" if code == 130 else "Error: "
@@ -82,14 +102,14 @@ def fail(message: str, code: int) -> None:
 
 def emit(result: Mapping[str, Any], *, as_json: bool) -> None:
     """Print `result` as the last line of stdout when --json was given."""
-    if as_json:
+    if as_json and is_first():
         sys.stdout.flush()
         print(json.dumps(jsonable(result), allow_nan=False))
 
 
 def say(text: str, *, quiet: bool) -> None:
     """Print `text` for a person, unless --quiet."""
-    if not quiet:
+    if not quiet and is_first():
         print(text, flush=True)
 
 
@@ -106,7 +126,8 @@ def choose_device(device: str | None) -> str:
 
     if device is None:
         if torch.cuda.is_available():
-            return "cuda"
+            several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
+            return f"cuda:{os.environ['LOCAL_RANK']}" if several else "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(0, device=torch.device(device))
@@ -145,7 +166,6 @@ def load_model(source: str, device: str | None, dtype: str | None) -> Any:
 
 def _quieten_libraries() -> None:
     import logging
-    import os
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

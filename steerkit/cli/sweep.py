@@ -18,6 +18,7 @@ from steerkit.cli.common import (
     Data,
     Device,
     Dtype,
+    Force,
     Json,
     Model,
     Packing,
@@ -90,6 +91,7 @@ def sweep_sae(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an unfinished sweep; start if there is none.")
     ] = False,
+    force: Force = False,
     quick: Annotated[bool, typer.Option("--quick", help=f"At most {QUICK_TOKENS:,} tokens.")] = False,
     checkpoint_seconds: Annotated[
         float, typer.Option("--checkpoint-seconds", help="Time between checkpoints.")
@@ -157,6 +159,7 @@ def sweep_sae(
         text_column=settings.text_column,
         checkpoint_seconds=checkpoint_seconds,
         resume=resume,
+        force=force,
         quiet=quiet,
     )
     summary = read_json(out / "summary.json")

@@ -17,6 +17,7 @@ from steerkit.cli.common import (
     Data,
     Device,
     Dtype,
+    Force,
     Json,
     Model,
     Packing,
@@ -79,6 +80,7 @@ def train_sae(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an unfinished run; start if there is none.")
     ] = False,
+    force: Force = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Shapes, parameters, memory and time; train nothing.")
     ] = False,
@@ -155,6 +157,7 @@ def train_sae(
         text_column=settings.text_column,
         checkpoint_seconds=checkpoint_seconds,
         resume=resume,
+        force=force,
         quiet=quiet,
     )
     say(summary_line(run.summary), quiet=quiet)

@@ -20,7 +20,9 @@ CONFIGS = [
     sae.HierarchicalTopK(D_SAE, k=4),
     sae.PAnneal(D_SAE, target_l0=6.0),
 ]
-EACH = pytest.mark.parametrize("config", [*CONFIGS, JumpReLU(D_SAE, target_l0=6.0)], ids=lambda config: config.name)
+EACH = pytest.mark.parametrize(
+    "config", [*CONFIGS, JumpReLU(D_SAE, target_l0=6.0)], ids=lambda config: config.name
+)
 SITE = "blocks.2.hook_resid_post"
 
 

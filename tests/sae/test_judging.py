@@ -181,7 +181,7 @@ def test_stumps_are_those_of_scikit_learn_with_the_best_taken_away_again_and_aga
         values[generator.random((N, 15)) < 0.1] = 0
     dictionary = Dictionary("x", csr_array(values) if kind == "sparse" else values)
     part = np.arange(N) < 400
-    ranked = Stumps(dictionary, part).ranked(labels[part], 6)
+    ranked = Stumps(dictionary, part).ranked(labels[part], 6, 15)
     left = values.copy()
     for place in range(6):
         tree = DecisionTreeClassifier(max_depth=1, class_weight="balanced", random_state=0)
