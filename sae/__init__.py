@@ -33,7 +33,8 @@ from sae.pretrained import open_run
 from sae.pruning import PruneCurve, keep_top, prune, prune_curve
 from sae.random_model import train_on_random_model
 from sae.sweep import Job, job_names
-from sae.training import SAERun, TrainConfig, fit, train, train_many
+from sae.trainer import TrainConfig, fit
+from sae.training import SAERun, train, train_many
 
 __all__ = [
     "L1",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sae.architectures import Config
-from sae.training import TrainConfig, Trainer
+from sae.trainer import TrainConfig, Trainer
 from steerkit.activations import Statistics
 from steerkit.data import Documents
 from steerkit.models import HookedModel

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 import sae
-from sae.training import Trainer
+from sae.trainer import Trainer
 from steerkit.activations import Statistics
 
 Step = Callable[[Tensor], Any]

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from synthetic import SITE, SparseStream
 
 import sae
-from sae.training import Trainer
+from sae.trainer import Trainer
 from steerkit import distributed
 
 STEPS, BATCH = 20, 256

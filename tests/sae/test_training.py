@@ -9,7 +9,7 @@ import torch
 
 import sae
 from sae.schedule import TargetL0, learning_rate_factor
-from sae.training import Trainer
+from sae.trainer import Trainer
 from steerkit.errors import InputError
 from steerkit.runs import Run
 
