@@ -62,12 +62,14 @@ def train_sae(
     site: Annotated[
         str | None, typer.Option("--site", "-s", help="Hook site (`steerkit inspect MODEL` lists them).")
     ] = None,
-    arch: Annotated[str | None, typer.Option("--arch", "-a", help="l1, sqrt_l1, gated or topk.")] = None,
+    arch: Annotated[
+        str | None, typer.Option("--arch", "-a", help=f"One of {', '.join(sae.REGISTRY)}.")
+    ] = None,
     d_sae: Annotated[int | None, typer.Option("--d-sae", help="Number of latents.")] = None,
     expansion: Annotated[
         float | None, typer.Option("--expansion", help="Number of latents, as a multiple of the width.")
     ] = None,
-    k: Annotated[int | None, typer.Option("--k", help="Active latents a token (topk).")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Active latents a token (the TopK family).")] = None,
     l1: Annotated[float | None, typer.Option("--l1", help="Fixed coefficient of the penalty.")] = None,
     target_l0: Annotated[
         float | None, typer.Option("--target-l0", help="Mean active latents a token to steer to.")
