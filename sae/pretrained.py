@@ -19,6 +19,7 @@ from sae.training import SAERun
 from steerkit.activations import Tokenization, collect
 from steerkit.errors import InputError
 from steerkit.models import HookedModel
+from steerkit.pair import ModelPair
 from steerkit.tokens import DEFAULT_CONTEXT
 
 _MEASURED_TOKENS = 8192
@@ -42,7 +43,7 @@ def open_run(
     if data is not None:
         given["text_column"] = text_column
     hooked = model if isinstance(model, HookedModel) else None
-    if not formats.is_remote(source) and (Path(source) / "run.yaml").exists():
+    if is_run(source):
         run = SAERun.load(source, hooked)
         return replace(run, config={**run.config, **given})
     sae = formats.load(source)
@@ -55,7 +56,12 @@ def open_run(
     return SAERun(Path(source), sae, {}, config, hooked)
 
 
-def attach(run: SAERun, model: HookedModel) -> SAERun:
+def is_run(source: str | Path) -> bool:
+    """Whether `source` is the directory of a run of `sae.train`."""
+    return not formats.is_remote(source) and (Path(source) / "run.yaml").exists()
+
+
+def attach(run: SAERun, model: HookedModel | ModelPair) -> SAERun:
     """The run with its model at hand, the SAE on the model's device, and the norm of attention sinks measured if it is unknown.
 
     Raises SiteError or InputError when the SAE does not fit the model's site.
@@ -63,9 +69,13 @@ def attach(run: SAERun, model: HookedModel) -> SAERun:
     check_fits(model, run.sae, run.config["site"], str(run.path))
     run.sae.to(model.device)
     if run.sae.metadata.get("sink_threshold") is None:
-        site, tokenization = run.config["site"], Tokenization(**run.config["tokenization"])
-        first = collect(model, run.documents(), site, tokenization=tokenization, max_tokens=_MEASURED_TOKENS)
-        run.sae.metadata["sink_threshold"] = first.statistics[site].sink_threshold
+        sites = run.sae.config.inputs(run.config["site"])
+        tokenization = Tokenization(**run.config["tokenization"])
+        first = collect(model, run.documents(), sites, tokenization=tokenization, max_tokens=_MEASURED_TOKENS)
+        found = {site: first.statistics[site].sink_threshold for site in sites}
+        run.sae.metadata["sink_threshold"] = found[sites[0]]
+        if len(sites) > 1:
+            run.sae.metadata["sink_thresholds"] = found
     return replace(run, model=model)
 
 

@@ -1,9 +1,14 @@
-"""`steerkit eval sae RUN…`: SAEs on held-out text, beside what they have to beat, and beside each other."""
+"""`steerkit eval sae RUN…`: SAEs on held-out text, beside what they have to beat, and beside each other.
+
+A RUN is what `steerkit dashboard` takes: a run of ours, or an SAE from elsewhere with the model, text and site that it does not
+name. The figures go to evaluation.json in each run of ours, and to comparison.json beside the page; nothing is written into other
+directories.
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,19 +19,41 @@ from sae.comparison import comparison_page, run_names
 from sae.concepts import concept_scores
 from sae.evaluation import evaluate, evaluate_nulls
 from sae.judging import LabelledTexts, judge
+from sae.pretrained import attach, is_run, open_run
+from sae.pruning import prune_curve
 from sae.random_model import train_on_random_model
 from sae.training import SAERun
+from steerkit.activation_cache import ActivationCache, is_cache
 from steerkit.cli.common import Device, Json, Quiet, TextColumn, emit, load_model, say
-from steerkit.data import load_documents
+from steerkit.data import Documents, load_documents
 from steerkit.errors import InputError
+from steerkit.pair import ModelPair
 from steerkit.runs import write_json
 from steerkit.tokens import Tokenization
 
+CURVE_TOKENS = 50_000
+"""Most tokens that each of the ten SAEs of a pruning curve is measured on."""
+
 
 def eval_sae(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Runs of `steerkit train sae`.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN…",
+            help="Runs of `steerkit train sae`; directories of other toolkits, hf://user/repo/folder, saelens:release/id.",
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The model, if RUN does not say it, or another one.")
+    ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", "-d", help="Other text; the run's own held-out text by default.")
+        str | None,
+        typer.Option(
+            "--data", "-d", help="Text, all of which is measured on; the run's own held-out text by default."
+        ),
+    ] = None,
+    site: Annotated[
+        str | None, typer.Option("--site", "-s", help="The site, if RUN does not say it, or another one.")
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", help="Tokens to measure on.")] = 200_000,
     text_column: TextColumn = None,
@@ -53,6 +80,13 @@ def eval_sae(
             help="Sparse probing, monosemanticity, absorption, SCR and TPP by StoryWorld's labels, beside all baselines.",
         ),
     ] = False,
+    pruned: Annotated[
+        bool,
+        typer.Option(
+            "--prune-curve",
+            help=f"What removing each latent's lowest activations costs, in steps of 10 %, on at most {CURVE_TOKENS:,} tokens.",
+        ),
+    ] = False,
     labels: Annotated[
         Path | None, typer.Option("--labels", help="Judge by this table of labelled text instead.")
     ] = None,
@@ -70,9 +104,11 @@ def eval_sae(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure SAEs on held-out text. The figures also go to evaluation.json in each run; of several runs, one page
-    compares them."""
-    run_names([str(path) for path in runs])
+    """Measure SAEs on held-out text. The figures also go to evaluation.json in each run of `steerkit train sae`; of several
+    SAEs, one page compares them."""
+    run_names(runs)
+    if out is None and len(runs) > 1:
+        out = _beside(runs)
     texts = None
     if labels is not None:
         texts = LabelledTexts.read(
@@ -81,66 +117,105 @@ def eval_sae(
     elif label_column:
         raise InputError("--label-column names columns of a table: give that with --labels.")
     measure = _Measure(
-        data,
-        tokens,
-        text_column if labels is None else None,
-        nulls,
-        random_model,
-        concepts,
-        judged or labels is not None,
-        texts,
-        device,
-        quiet,
+        model=model,
+        data=data,
+        site=site,
+        tokens=tokens,
+        text_column=text_column if labels is None else None,
+        nulls=nulls,
+        random_model=random_model,
+        concepts=concepts,
+        judge=judged or labels is not None,
+        prune_curve=pruned,
+        labels=texts,
+        device=device,
+        quiet=quiet,
     )
-    results = [measure(path) for path in runs]
-    if len(runs) == 1 and out is None:
+    # All of them are opened first, so that what is wrong with the last is said before hours have gone into the others.
+    opened = [measure.open(source) for source in runs]
+    results = [measure(source, run) for source, run in zip(runs, opened)]
+    if out is None:
         emit(results[0], as_json=json)
         return
-    out = out or Path(os.path.commonpath([path.resolve().parent for path in runs])) / "comparison"
     page = comparison_page(results, out / "comparison.html")
     write_json(out / "comparison.json", {"runs": results})
     say(f"{page}", quiet=quiet)
     emit({"runs": results, "page": str(page)}, as_json=json)
 
 
-@dataclass(frozen=True)
+def _beside(runs: list[str]) -> Path:
+    """Where the page of several goes without --out."""
+    for source in runs:
+        if not Path(source).exists():
+            raise InputError(f"{source} is no directory to write the page beside: give --out, a directory.")
+    return Path(os.path.commonpath([Path(source).resolve().parent for source in runs])) / "comparison"
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Measure:
     """What is measured of each run."""
 
+    model: str | None
     data: str | None
+    site: str | None
     tokens: int
     text_column: str | None
     nulls: bool
     random_model: bool
     concepts: bool
     judge: bool
+    prune_curve: bool
     labels: LabelledTexts | None
     device: str | None
     quiet: bool
-    models: dict[tuple[str, str], Any] = field(default_factory=dict)
+    models: dict[tuple[str, ...], Any] = field(default_factory=dict)
     """Those that have been loaded."""
 
-    def __call__(self, path: Path) -> dict[str, Any]:
-        run = SAERun.load(path)
+    def open(self, source: str) -> SAERun:
+        """The run, without its model. InputError for what cannot be measured of it."""
+        # Of a run of ours --data is text to measure on; the run's own stays the text of training.
+        data = {} if is_run(source) else {"data": self.data, "text_column": self.text_column}
+        run = open_run(source, model=self.model, site=self.site, **data)
+        if self.random_model and not is_run(source):
+            raise InputError(
+                f"{source} does not say how it was trained: --random-model repeats a run of `steerkit train sae`."
+            )
         if self.concepts and run.config["model"] != "storyworld":
             raise InputError(
                 "--concepts needs labels for every token: it works for runs on the model `storyworld`."
             )
+        more = self.nulls or self.random_model or self.concepts or self.judge or self.prune_curve
+        if more and len(run.sae.config.inputs(run.config["site"])) > 1:
+            raise InputError(
+                f"{source} is a crosscoder: it is evaluated at each of its sites; --nulls, --random-model, --concepts, "
+                "--judge and --prune-curve are for SAEs of one site."
+            )
+        return run
+
+    def __call__(self, source: str, run: SAERun) -> dict[str, Any]:
         model = self._model(run)
-        run.sae.to(model.device)
-        run = replace(run, model=model)
-        site, data = run.config["site"], self.data or run.config["data"]
-        say(f"{path}: {run.sae!r}", quiet=self.quiet)
+        run = attach(run, model)
+        site = run.config["site"]
+        say(f"{source}: {run.sae!r}", quiet=self.quiet)
+        caution = run.sae.metadata.get("caution")
+        if caution:
+            say(caution, quiet=self.quiet)
         result: dict[str, Any] = {
-            "run": str(path),
+            "run": source,
             "arch": run.sae.arch,
             "d_sae": run.sae.d_sae,
             "model": run.config["model"],
             "site": site,
-            "data": data,
+            "data": self.data or run.config["data"],
+            **({"caution": caution} if caution else {}),
         }
         baseline = self._baseline(run)
         result |= self._held_out(run, baseline)
+        if self.prune_curve:
+            settings = self._settings(run) | {"tokens": min(self.tokens, CURVE_TOKENS)}
+            curve = prune_curve(model, run.sae, self._documents(run), site, **settings)
+            say(repr(curve), quiet=self.quiet)
+            result["prune_curve"] = curve.to_dict()
         if self.concepts:
             scores = concept_scores(
                 model, run.sae, site, per="story", random_model_sae=baseline, quiet=self.quiet
@@ -159,14 +234,17 @@ class _Measure:
             )
             say(repr(judgement), quiet=self.quiet)
             result["judgement"] = judgement.to_dict()
-        write_json(path / "evaluation.json", result)
+        if is_run(source):
+            write_json(run.path / "evaluation.json", result)
         return result
 
     def _model(self, run: SAERun) -> Any:
-        """The run's model; runs of one model share it."""
-        key = (run.config["model"], run.config["dtype"])
+        """The run's model, or its pair of models; runs of one model share it."""
+        name, dtype, tuned = run.config["model"], run.config["dtype"], run.config["arch"].get("tuned")
+        key = (name, dtype, tuned or "")
         if key not in self.models:
-            self.models[key] = load_model(run.config["model"], self.device, run.config["dtype"])
+            model = load_model(name, self.device, dtype)
+            self.models[key] = model if tuned is None else ModelPair.of(model, tuned)
         return self.models[key]
 
     def _baseline(self, run: SAERun) -> SAE | None:
@@ -179,22 +257,30 @@ class _Measure:
             return None
         return found.sae.to(run.hooked().device)
 
-    def _held_out(self, run: SAERun, baseline: SAE | None) -> dict[str, Any]:
-        documents = (
-            run.held_out() if self.data is None else load_documents(self.data, text_column=self.text_column)
-        )
-        settings: dict[str, Any] = {
+    def _documents(self, run: SAERun) -> Documents:
+        if self.data is None:
+            return run.held_out()
+        if is_cache(self.data):
+            return ActivationCache.open(self.data, verify=False).held_out
+        return load_documents(self.data, text_column=self.text_column)
+
+    def _settings(self, run: SAERun) -> dict[str, Any]:
+        return {
             "tokenization": Tokenization(**run.config["tokenization"]),
             "tokens": self.tokens,
             "sink_threshold": run.sae.metadata.get("sink_threshold"),
             "quiet": self.quiet,
         }
-        model, site = run.hooked(), run.config["site"]
+
+    def _held_out(self, run: SAERun, baseline: SAE | None) -> dict[str, Any]:
+        model, site, documents = run.hooked(), run.config["site"], self._documents(run)
         if not self.nulls and not (self.random_model and not self.judge):
-            found = evaluate(model, run.sae, documents, site, **settings)
+            found = evaluate(model, run.sae, documents, site, **self._settings(run))
             say(repr(found), quiet=self.quiet)
             return found.to_dict()
-        table = evaluate_nulls(model, run.sae, documents, site, random_model_sae=baseline, **settings)
+        table = evaluate_nulls(
+            model, run.sae, documents, site, random_model_sae=baseline, **self._settings(run)
+        )
         found = table.evaluations["trained"]
         say(f"{found!r}\n{table!r}", quiet=self.quiet)
         return found.to_dict() | {"nulls": table.to_dict()}
