@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sae.architectures import REGISTRY, SAE, Config, get, jumprelu
+from sae.architectures.crosscoder import Crosscoder
 from sae.architectures.gated import Gated
 from sae.architectures.l1 import L1
 from sae.architectures.topk import TopK
@@ -81,6 +82,15 @@ def from_parts(config: Mapping[str, Any], tensors: dict[str, Tensor], where: Pat
         {k: v for k, v in own.items() if k != "arch"} if own else _foreign_metadata(metadata, architecture)
     )
     return sae
+
+
+def write(sae: SAE, out: Path) -> None:
+    """Our own layout, where sae-lens can read it. InputError for crosscoders."""
+    if isinstance(sae.config, Crosscoder):
+        raise InputError(
+            "sae-lens has no crosscoders: keep it in steerkit's own layout (steerkit), which is the same but for that."
+        )
+    sae.save(out)
 
 
 def load_release(name: str) -> SAE:
@@ -200,4 +210,4 @@ def _foreign_metadata(metadata: Mapping[str, Any], architecture: str) -> dict[st
     return {**found, "sae_lens": plain}
 
 
-FORMAT = Format("saelens", (WEIGHTS_FILE,), (CONFIG_FILE,), read, SAE.save)
+FORMAT = Format("saelens", (WEIGHTS_FILE,), (CONFIG_FILE,), read, write)
