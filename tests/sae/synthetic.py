@@ -17,11 +17,17 @@ import torch
 
 from steerkit.activations import Statistics
 
-SITE = "site"
+SITE, OTHER = "site", "other"
+LABELS = ("a", "b")
+_SAMPLES: dict[tuple[object, ...], dict[tuple[int, int], torch.Tensor]] = {}
+"""Settings -> what was drawn with them: many tests ask for the same."""
 
 
 class SparseStream:
-    """x = Σ_i f_i d_i + mean + noise, with k of n features active a token; `kind` says how often each is, and how strongly."""
+    """x = Σ_i f_i d_i + mean + noise, with k of n features active a token; `kind` says how often each is, and how strongly.
+
+    Another site is a function of this one, and two labels are what some coordinates say.
+    """
 
     def __init__(
         self,
@@ -34,6 +40,7 @@ class SparseStream:
         scale: float = 1.0,
     ) -> None:
         generator = torch.Generator().manual_seed(11)
+        self.samples: dict[tuple[int, int], torch.Tensor] = _SAMPLES.setdefault((kind, d, n, k, scale), {})
         self.dictionary = torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1)
         self.offset = 0.5 * torch.randn(d, generator=generator)
         self.kind, self.k, self.batch_size, self.scale = kind, k, batch_size, scale
@@ -44,7 +51,12 @@ class SparseStream:
 
     def sample(self, number: int, n: int | None = None) -> torch.Tensor:
         """Batch `number`, (n, d)."""
-        n = n or self.batch_size
+        key = number, n or self.batch_size
+        if key not in self.samples:
+            self.samples[key] = self._sample(*key)
+        return self.samples[key].clone()
+
+    def _sample(self, number: int, n: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(number)
         active = torch.multinomial(self.frequencies.expand(n, -1), self.k, generator=generator)
         strength = torch.rand(n, self.k, generator=generator)
@@ -61,10 +73,16 @@ class SparseStream:
         if self.batches == self.nan_at:
             batch[3, 1] = float("nan")
         self.batches += 1
-        return {SITE: batch}
+        labels = {name: (batch[:, i] > self.offset[i]).float() for i, name in enumerate(LABELS)}
+        return {SITE: batch, OTHER: self.other(batch), **labels}
+
+    def other(self, x: torch.Tensor) -> torch.Tensor:
+        """What stands at the other site, narrower and larger."""
+        return 3 * torch.relu(x[:, 8:] - x[:, :-8])
 
     def statistics(self, site: str) -> Statistics:
-        return Statistics.of(self.sample(10**9 + 1, 4096), site, None)
+        x = self.sample(10**9 + 1, 4096)
+        return Statistics.of(x if site == SITE else self.other(x), site, None)
 
     def state_dict(self) -> dict[str, int]:
         return {"batches": self.batches}

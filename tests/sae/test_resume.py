@@ -15,17 +15,27 @@ from steerkit.errors import CheckpointError, InputError, NumericsError
 from steerkit.runs import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
-from synthetic import SITE, SparseStream
+from synthetic import LABELS, OTHER, SITE, SparseStream
 
 ARCHS = [
-    sae.Gated(128, target_l0=4.0),
-    sae.SqrtL1(128, target_l0=4.0),
-    sae.L1(128, l1=0.5),
-    sae.TopK(128, k=4),
+    sae.Gated(64, target_l0=4.0),
+    sae.SqrtL1(64, target_l0=4.0),
+    sae.L1(64, l1=0.5),
+    sae.TopK(64, k=4),
+    sae.BatchTopK(64, k=4),
+    sae.JumpReLU(64, target_l0=4.0),
+    sae.PAnneal(64, target_l0=4.0),
+    sae.Matryoshka(64, k=4),
+    sae.HierarchicalTopK(64, k=4),
+    sae.Guided(64, k=4, labels=LABELS),
+    sae.Transcoder(64, k=4, target_site=OTHER, skip=True),
+    sae.Crosscoder(64, k=4),
 ]
+SITES = {"crosscoder": f"{SITE},{OTHER}"}
 EACH = pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: arch.name)
-CONFIG = sae.TrainConfig(batch_size=512, log_every=5, dead_after=3000)
-TOKENS = 30 * 512
+BATCH = 128
+CONFIG = sae.TrainConfig(batch_size=BATCH, log_every=5, dead_after=6 * BATCH)
+TOKENS = 30 * BATCH
 
 
 class Interrupting(SparseStream):
@@ -43,7 +53,8 @@ class Interrupting(SparseStream):
 
 def fitted(arch, out, stream=None, resume=False, **options):
     run = Run.open(out, "train sae", arch.to_dict(), resume=resume)
-    return sae.fit(stream or SparseStream("heavy"), SITE, arch, TOKENS, config=CONFIG, run=run, **options)[0]
+    stream, site = stream or SparseStream("heavy", batch_size=BATCH), SITES.get(arch.name, SITE)
+    return sae.fit(stream, site, arch, TOKENS, config=CONFIG, run=run, **options)[0]
 
 
 def same(left, right):
@@ -51,11 +62,15 @@ def same(left, right):
     return all(name == other and torch.equal(a, b) for (name, a), (other, b) in pairs)
 
 
+def test_every_architecture_is_resumed():
+    assert {arch.name for arch in ARCHS} == set(sae.REGISTRY)
+
+
 @EACH
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_an_interrupted_run_ends_bit_identical(arch, number, tmp_path):
+def test_an_interrupted_run_ends_bit_identical(arch, tmp_path):
+    number = (signal.SIGINT, signal.SIGTERM)[ARCHS.index(arch) % 2]
     whole = fitted(arch, tmp_path / "whole")
-    stream = Interrupting("heavy")
+    stream = Interrupting("heavy", batch_size=BATCH)
     stream.at, stream.number = 13, number
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
@@ -72,18 +87,18 @@ def test_metrics_are_the_same_after_a_resume(arch, tmp_path):
         return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in kept]
 
     fitted(arch, tmp_path / "whole")
-    stream = SparseStream("heavy")
+    stream = SparseStream("heavy", batch_size=BATCH)
     stream.nan_at = 23
     with pytest.raises(NumericsError):
         fitted(arch, tmp_path / "cut", stream, checkpoint_seconds=0.0)
-    Run.load(tmp_path / "cut").log({"step": 29, "tokens": 29 * 512, "loss": -1.0})
+    Run.load(tmp_path / "cut").log({"step": 29, "tokens": 29 * BATCH, "loss": -1.0})
     fitted(arch, tmp_path / "cut", resume=True)
     assert lines("cut") == lines("whole")
     assert [line["step"] for line in lines("cut")] == [5, 10, 15, 20, 25, 30]
 
 
 def test_nan_in_the_activations_names_batch_and_site_and_keeps_the_last_checkpoint(tmp_path):
-    stream = SparseStream()
+    stream = SparseStream(batch_size=BATCH)
     stream.nan_at = 7
     with pytest.raises(NumericsError, match=r"batch 7 at site"):
         fitted(ARCHS[0], tmp_path / "r", stream, checkpoint_seconds=0.0)
@@ -106,7 +121,7 @@ def test_resume_with_other_settings_is_refused(tmp_path):
 
 
 def interrupted_at(out, steps, arch=ARCHS[0]):
-    stream = SparseStream("heavy")
+    stream = SparseStream("heavy", batch_size=BATCH)
     stream.nan_at = steps
     with pytest.raises(NumericsError):
         fitted(arch, out, stream, checkpoint_seconds=0.0)
