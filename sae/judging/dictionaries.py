@@ -4,7 +4,7 @@ A dictionary has m candidates with a value on each example and, where that means
 each adds to the activations. Every measure takes any dictionary, so that an SAE and its baselines go through
 the very same code.
 
-    sae                       latents and decoder rows
+    sae                       latents and decoder rows; of a transcoder, whose rows are of another site, latents alone
     pca                       principal components of the chosen activations
     raw basis                 the model's own coordinates; to have as many candidates as the SAE, further bases follow that are
                               random rotations of it
@@ -12,7 +12,7 @@ the very same code.
     token identity            how often each token occurs
     posterior                 the exact P(value | text) of StoryWorld, for every value
 
-The last two have no directions, so that they cannot be ablated.
+Those without directions (transcoders, the last two) cannot be ablated.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.architectures import SAE
+from sae.architectures.transcoder import TranscoderSAE
 from sae.judging.examples import Examples
 from sae.thresholds import encoded
 from steerkit.errors import NumericsError
@@ -77,7 +78,7 @@ def of_sae(
     """
     latents = activity(sae, acts)
     pooled = latents if pool is None else (pool @ latents).tocsr()
-    directions = sae.W_dec.detach().float().cpu().numpy()
+    directions = None if isinstance(sae, TranscoderSAE) else sae.W_dec.detach().float().cpu().numpy()
     return Dictionary(name, pooled, directions, pooled_acts(acts, pool)), latents
 
 

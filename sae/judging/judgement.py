@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 
 from sae.architectures import SAE
+from sae.architectures.transcoder import TranscoderSAE
 from sae.evaluation import check_fits, random_sae
 from sae.judging import dictionaries
 from sae.judging.absorption import Absorption, absorption
@@ -52,6 +53,7 @@ SHOWN_N = 5
 FITTED_ON = 1 << 26
 """Latents that a random SAE's thresholds are fitted on, on at most 16,384 tokens."""
 CEILING = "posterior"
+SHUFFLED = "SAE, labels shuffled"
 
 Found = TypeVar("Found")
 
@@ -210,12 +212,20 @@ def judge(
     SAE that does not fit the site, and when no label is common enough.
     """
     started = time.perf_counter()
+    if len(sae.config.inputs(site)) > 1:
+        raise InputError(
+            "A crosscoder cannot be judged: its latents stand at several sites. Judge SAEs of one."
+        )
     check_fits(model, sae, site)
     source = _Source.of_stories(tokens, seed) if data is None else _Source.of_texts(data, tokens, seed)
     reading = _Reading(model, source, site, tokenization)
     examples = reading.examples(max_values, min_documents)
     words = reading.words(min_documents)
     notes = [] if words is not None else [f"absorption: not measured, as {reading.no_words}"]
+    if isinstance(sae, TranscoderSAE):
+        notes.append(
+            "absorption, SCR and TPP: not measured, as what a transcoder's latents add is at another site"
+        )
     rows = []
     todo = list(_dictionaries(reading, sae, examples, random_model_sae, random_model_seed))
     with progress(len(todo), "judging", unit="dictionaries", quiet=quiet) as bar:
@@ -248,7 +258,7 @@ def _row(
         dictionary.size,
         sparse_probing(dictionary, examples),
         monosemanticity(dictionary, examples),
-        absorption(on_words, words) if on_words is not None and words is not None else None,
+        absorption(on_words, words) if ablatable and on_words is not None and words is not None else None,
         _unless_refused(lambda: scr(dictionary, examples, min_cell=min_documents), "SCR", notes)
         if ablatable
         else None,
@@ -286,6 +296,14 @@ def _dictionaries(
         on_tokens = Dictionary(name, latents, on_documents.directions, reading.token_acts)
         return on_documents, on_tokens
 
+    def of_shuffled() -> Made:
+        """Documents have each other's labels, within the halves: what choosing among so many latents makes of nothing."""
+        (of_documents, _), order = of_sae(SHUFFLED, sae), np.arange(len(examples))
+        generator = np.random.default_rng(0)
+        for half in (examples.chosen, ~examples.chosen):
+            order[half] = generator.permutation(order[half])
+        return Dictionary(SHUFFLED, of_documents.values[order]), None
+
     def of_random_sae() -> Made:
         chosen = torch.from_numpy(reading.document < reading.source.n_chosen)
         n = min(16_384, FITTED_ON // sae.d_sae)
@@ -300,6 +318,7 @@ def _dictionaries(
 
     pooled, chosen = reading.pooled, examples.chosen
     yield lambda: of_sae("SAE", sae)
+    yield of_shuffled
     yield of_random_sae
     if random_model_sae is not None:
         yield of_random_model

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.architectures import TopK
+from sae.architectures import Crosscoder, TopK, Transcoder
 from sae.judging import LabelledTexts, judge
 from sae.judging.judgement import _only_value, _Source
 from steerkit import storyworld
@@ -39,14 +39,16 @@ def judgement(model, sae):
 def test_every_baseline_has_a_row_and_every_row_the_measures_that_it_can_have(judgement):
     names = [row.name for row in judgement.rows]
     assert names == [
-        "SAE", "random SAE", "SAE of the random model", "PCA", "raw basis", "token identity", "supervised probes", "posterior",
+        "SAE", "SAE, labels shuffled", "random SAE", "SAE of the random model",
+        "PCA", "raw basis", "token identity", "supervised probes", "posterior",
     ]  # fmt: skip
     for row in judgement.rows:
-        assert (row.absorption is not None) == ("SAE" in row.name)
+        shuffled = row.name == "SAE, labels shuffled"
+        assert (row.absorption is not None) == ("SAE" in row.name and not shuffled)
         assert (
             (row.scr is not None)
             == (row.tpp is not None)
-            == (row.name not in ("token identity", "posterior"))
+            == (row.name not in ("token identity", "posterior") and not shuffled)
         )
     assert judgement["raw basis"].size == judgement["SAE"].size == 64
 
@@ -57,6 +59,32 @@ def test_the_posterior_is_the_ceiling(judgement):
     for row in judgement.rows[:-1]:
         assert row.probing.accuracy[1].estimate < ceiling.probing.accuracy[1].estimate
         assert row.monosemanticity.score[1].estimate < ceiling.monosemanticity.score[1].estimate
+
+
+def test_with_shuffled_labels_nothing_is_left(judgement):
+    """Held-out figures do not pretend anything, however many latents there are to choose from; in-sample ones do."""
+    shuffled = judgement["SAE, labels shuffled"]
+    assert abs(shuffled.probing.accuracy[1].estimate - 0.5) < 0.04
+    assert shuffled.probing.in_sample[1] > 0.55
+    assert abs(shuffled.monosemanticity.accs_0.estimate - 0.5) < 0.04
+
+
+def test_a_transcoder_is_judged_by_its_latents_alone(model):
+    target = "blocks.1.hook_mlp_out"
+    transcoder = Transcoder(64, k=4, target_site=target, d_out=D).build(D).requires_grad_(False)
+    acts = collect(model, [s.text for s in storyworld.sample(5, seed=1)], SITE)[SITE]
+    transcoder.initialise(acts, torch.zeros(D), torch.Generator().manual_seed(0))
+    found = judge(model, transcoder, SITE, tokens=9_000, min_documents=8, max_values=1)
+    row = found["SAE"]
+    assert row.absorption is row.scr is row.tpp is None
+    assert row.probing.accuracy[1].estimate > 0.5
+    assert found["PCA"].scr is not None
+    assert any("transcoder" in note for note in found.notes)
+
+
+def test_a_crosscoder_is_refused(model):
+    with pytest.raises(InputError, match="crosscoder cannot be judged"):
+        judge(model, Crosscoder(8, k=2, widths=(D, D)).build(2 * D), f"{SITE},blocks.0.hook_resid_post")
 
 
 def test_figures_are_saved_and_printed(judgement, tmp_path):
