@@ -77,7 +77,7 @@ def test_a_transcoder_is_judged_by_its_latents_alone(model):
     found = judge(model, transcoder, SITE, tokens=9_000, min_documents=8, max_values=1)
     row = found["SAE"]
     assert row.absorption is row.scr is row.tpp is None
-    assert row.probing.accuracy[1].estimate > 0.5
+    assert set(row.probing.accuracy) == {1, 2, 5}
     assert found["PCA"].scr is not None
     assert any("transcoder" in note for note in found.notes)
 
