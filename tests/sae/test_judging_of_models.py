@@ -78,7 +78,6 @@ def test_a_transcoder_is_judged_by_its_latents_alone(model):
     row = found["SAE"]
     assert row.absorption is row.scr is row.tpp is None
     assert set(row.probing.accuracy) == {1, 2, 5}
-    assert found["PCA"].scr is not None
     assert any("transcoder" in note for note in found.notes)
 
 
