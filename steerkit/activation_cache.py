@@ -28,6 +28,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,37 +81,40 @@ def cache(
     The documents, less those that are held out, are taken in a random order (by `seed`), once: if they have
     fewer tokens, the cache has fewer. With `resume` an unfinished cache of the same settings is continued,
     and a finished one opened. Raises InputError if `out` holds something else, SteerkitError if the disk is
-    full; whole shards are never lost.
+    full; whole shards are never lost. Processes that `torchrun` or `accelerate launch` started share the
+    forwards, and rank 0 writes the same files as one process would.
     """
     if dtype not in DTYPES:
         raise InputError(f"A cache cannot be of dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
     train, held_out = split_held_out(load_documents(documents))
     shuffled = Documents(_Reordered(train, Permutation(len(train), seed)), train.name, train.fingerprint)
     reader = RowReader(model, shuffled, tokenization or Tokenization())
-    writer = _Writer(
-        Path(out),
-        {
-            "model": model.name,
-            "sites": list(site_names(sites)),
-            "documents": train.name,
-            "fingerprint": train.fingerprint(),
-            "layout": reader.layout.to_dict(),
-            "tokens": tokens,
-            "dtype": dtype,
-            "shard_tokens": shard_tokens,
-            "batch_tokens": batch_tokens,
-            "seed": seed,
-        },
-        resume,
-    )
-    if not writer.complete:
-        _write_texts(Path(out) / "held_out.jsonl", held_out, HELD_OUT_CHARACTERS)
-        with progress(tokens, "caching", quiet=quiet, done=writer.tokens) as bar:
-            for n in writer.write_shards(reader, batch_tokens):
-                bar.advance(n)
-        _write_texts(Path(out) / "train.jsonl", shuffled[: writer.cursor.document + 1])
-        writer.finish()
-    return ActivationCache.open(out, verify=False)
+    path = Path(out)
+    made_with = {
+        "model": model.name,
+        "sites": list(site_names(sites)),
+        "documents": train.name,
+        "fingerprint": train.fingerprint(),
+        "layout": reader.layout.to_dict(),
+        "tokens": tokens,
+        "dtype": dtype,
+        "shard_tokens": shard_tokens,
+        "batch_tokens": batch_tokens,
+        "seed": seed,
+    }
+    with distributed.launched():
+        of_first = distributed.first(lambda: _Writer(path, made_with, resume))
+        writer = of_first or _Writer(path, made_with, resume=True)
+        if not writer.complete:
+            distributed.first(lambda: _write_texts(path / "held_out.jsonl", held_out, HELD_OUT_CHARACTERS))
+            silent = quiet or not distributed.is_first()
+            with progress(tokens, "caching", quiet=silent, done=writer.tokens) as bar:
+                for n in writer.write_shards(reader, batch_tokens):
+                    bar.advance(n)
+            seen = shuffled[: writer.cursor.document + 1]
+            distributed.first(lambda: _write_texts(path / "train.jsonl", seen))
+            distributed.first(writer.finish)
+        return ActivationCache.open(path, verify=False)
 
 
 def is_cache(path: Any) -> bool:
@@ -344,7 +348,10 @@ class _Shard:
 
 
 class _Writer:
-    """Writes shards one after another, keeping `cache.json` in step with the shards that are there."""
+    """Writes shards one after another, keeping `cache.json` in step with the shards that are there.
+
+    In a distributed run every process has one, and rank 0's writes.
+    """
 
     def __init__(self, path: Path, made_with: dict[str, Any], resume: bool) -> None:
         self.path, self.made_with = path, jsonable(made_with)
@@ -385,13 +392,12 @@ class _Writer:
         made, sites = self.made_with, self.made_with["sites"]
         rows = reader.rows(self.cursor)
         buffers: dict[str, Tensor] = {}
-        more = True
+        number, more = len(self.shards), True
         while more and self.tokens < made["tokens"]:
             wanted = min(made["shard_tokens"], made["tokens"] - self.tokens)
             taken, more = take_rows(rows, wanted)
             if not taken:
                 break
-            number = len(self.shards)
             block = read_block(
                 reader,
                 taken,
@@ -399,6 +405,7 @@ class _Writer:
                 batch_tokens=batch_tokens,
                 buffers=buffers,
                 place=f" of shard {number}",
+                shared=True,
             )
             thresholds = (
                 {site: s.sink_threshold for site, s in self.statistics.items()}
@@ -412,14 +419,16 @@ class _Writer:
                 self.statistics = {
                     site: Statistics.of(block.acts[site], site, thresholds[site]) for site in sites
                 }
-            file = self.path / f"shard-{number:05d}.safetensors"
-            self._require_space(block)
-            _save_tensors(file, _encode(block, made["dtype"]))
-            self.cursor = taken[-1].end
-            self.tokens += len(block)
-            self.shards.append({**_entry(file), "tokens": len(block)})
-            self._save()
+            distributed.first(partial(self._add_shard, number, block))
+            number, self.cursor, self.tokens = number + 1, taken[-1].end, self.tokens + len(block)
+            distributed.first(self._save)
             yield len(block)
+
+    def _add_shard(self, number: int, block: Block) -> None:
+        file = self.path / f"shard-{number:05d}.safetensors"
+        self._require_space(block)
+        _save_tensors(file, _encode(block, self.made_with["dtype"]))
+        self.shards.append({**_entry(file), "tokens": len(block)})
 
     def finish(self) -> None:
         if not self.tokens:

@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,8 @@ from steerkit.errors import InputError, SteerkitError
 
 TIMEOUT = timedelta(minutes=10)
 """For how long ranks wait for one that still lives but does not answer."""
+
+T = TypeVar("T")
 
 _FAILED = "steerkit/failed"
 _turns = itertools.count()
@@ -119,20 +121,21 @@ def any_of(asked: bool, device: torch.device) -> bool:
     return bool(add_up(torch.tensor(float(asked), device=device)))
 
 
-def first(work: Callable[[], Any]) -> None:
-    """Do `work` on rank 0; the others go on when it is done, however long that takes, or stop with rank 0's error."""
+def first(work: Callable[[], T]) -> T | None:
+    """Do `work` on rank 0, which gets what it gives, the others None. They go on when it is done, however long that takes, or stop
+    with rank 0's error."""
     if world_size() == 1:
-        work()
-        return
+        return work()
     key = f"steerkit/turn-{next(_turns)}"
     if is_first():
-        work()
+        found = work()
         _store().set(key, "done")
-        return
+        return found
     while not _store().check([key]):
         if _store().check([_FAILED]):
             raise _told_error(_told())
         time.sleep(0.02)
+    return None
 
 
 # -- beginning and end -----------------------------------------------------------------------------------------------
