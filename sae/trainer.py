@@ -31,7 +31,7 @@ from sae.checkpoint import Checkpoints
 from sae.kernels import is_fast
 from sae.memory import choose_micro_batch
 from sae.reading import Reading, Side
-from sae.schedule import TargetL0, learning_rate_factor
+from sae.schedule import learning_rate_factor
 from sae.sweep import Job
 from steerkit import distributed
 from steerkit.activations import Statistics
@@ -176,11 +176,7 @@ class Trainer:
             )
         self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=self.lr, betas=config.betas, fused=True)
         self.silent = torch.zeros(arch.d_sae, dtype=torch.int64, device=device)
-        self.controller: TargetL0 | None = None
-        if isinstance(arch, Sparsity) and arch.steers and arch.target_l0 is not None:
-            self.controller = TargetL0(
-                arch.target_l0, self.n_steps, log_coefficient=math.log(arch.first_coefficient(self.sae.d_in))
-            )
+        self.controller = arch.controller(self.sae.d_in, self.n_steps) if isinstance(arch, Sparsity) else None
         self.steps = 0
         self.gradient_norm = 0.0
         self.l0 = float(arch.d_sae)
@@ -197,7 +193,7 @@ class Trainer:
         """The sparsity penalty's weight at the next step."""
         if self.controller is not None:
             return self.controller.coefficient
-        fixed = self.arch.fixed_coefficient if isinstance(self.arch, Sparsity) else 0.0
+        fixed = self.arch.fixed_coefficient(self.sae.d_in) if isinstance(self.arch, Sparsity) else 0.0
         return fixed * min(1.0, (self.steps + 1) / max(1.0, self.config.warmup * self.n_steps))
 
     def step(
@@ -250,7 +246,7 @@ class Trainer:
         l0 = float(outcome.l0)
         self.l0 = 0.8 * self.l0 + 0.2 * l0 if self.steps else l0
         if self.controller is not None:
-            self.controller.update(l0)
+            self.controller.update(l0, float(outcome.mse))
         self.steps += 1
         self._add(
             loss=loss,

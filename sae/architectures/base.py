@@ -12,6 +12,7 @@ way to compute it. Activations are in training units: unit mean square per coord
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from sae import saelens
 from sae.kernels import Pattern, make_pattern
+from sae.schedule import Controller, TargetL0
 from steerkit.errors import InputError
 
 _CACHED = 1 << 21
@@ -93,17 +95,13 @@ class Sparsity(Config):
         if self.target_l0 is not None and not 0 < self.target_l0 < self.d_sae:
             raise InputError(f"target_l0 is {self.target_l0}; it lies between 0 and d_sae = {self.d_sae}.")
 
-    def first_coefficient(self, d_in: int) -> float:
-        """Where the controller of `target_l0` starts."""
-        return 0.1 * d_in**0.5
+    def controller(self, d_in: int, n_steps: int) -> Controller | None:
+        """What sets the coefficient, step by step; None where it is fixed."""
+        if self.l1 is not None or self.target_l0 is None:
+            return None
+        return TargetL0(self.target_l0, n_steps, log_coefficient=math.log(0.1 * d_in**0.5))
 
-    @property
-    def steers(self) -> bool:
-        """Whether a controller sets the coefficient."""
-        return self.l1 is None
-
-    @property
-    def fixed_coefficient(self) -> float:
+    def fixed_coefficient(self, d_in: int) -> float:
         """The coefficient where no controller sets it."""
         return self.l1 or 0.0
 

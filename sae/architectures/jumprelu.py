@@ -9,8 +9,10 @@ them (straight-through estimators), with K a rectangle and ε its width:
 
     ∂f/∂θ ≈ -(θ/ε) K((z - θ)/ε),   ∂1[z > θ]/∂θ ≈ -(1/ε) K((z - θ)/ε),   K(u) = 1[|u| < 1/2];   z gets no gradient from the steps
 
-θ is learned as it is, not as its logarithm (which hardly moves under Adam), in float32. λ is steered to `target_l0` by default.
-The paper has activations of unit norm and ε = 0.001; here they have unit mean square per coordinate and are √d_in times as large.
+θ is learned as it is, not as its logarithm (which hardly moves under Adam), in float32. λ is steered to `target_l0` by default
+(`sae.schedule.Multiplier`). Latents begin as those of a ReLU with a bias, θ in the middle of its window: with high thresholds and
+no bias most are silent before they have learned anything. The paper has activations of unit norm and ε = 0.001; here they have unit
+mean square per coordinate and are √d_in times as large.
 It is also what pruned and BatchTopK SAEs become, and what is read from other toolkits.
 """
 
@@ -24,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae.architectures.base import SAE, Sparsity, Step, Terms, add_product, add_sum, gradient
+from sae.schedule import Controller, Multiplier
 from steerkit import distributed
 from steerkit.errors import InputError
 
@@ -34,8 +37,8 @@ class JumpReLU(Sparsity):
 
     sparsity: str = "l0"
     """`l0`: λ times the number of active latents; `quadratic`: λ times the squared relative distance from `target_l0`."""
-    bandwidth: float = 0.1
-    """ε, in units of the latents."""
+    bandwidth: float = 0.05
+    """ε, as a share of the activations' norm: √d_in in training units."""
 
     name: ClassVar[str] = "jumprelu"
     saelens_architecture: ClassVar[str] = "jumprelu"
@@ -49,16 +52,13 @@ class JumpReLU(Sparsity):
         if not self.bandwidth > 0:
             raise InputError(f"bandwidth is {self.bandwidth}; it must be positive.")
 
-    def first_coefficient(self, d_in: int) -> float:
-        return 0.01 * d_in**0.5
+    def controller(self, d_in: int, n_steps: int) -> Controller | None:
+        if self.l1 is not None or self.target_l0 is None or self.sparsity == "quadratic":
+            return None
+        return Multiplier(self.target_l0, n_steps)
 
-    @property
-    def steers(self) -> bool:
-        return super().steers and self.sparsity == "l0"
-
-    @property
-    def fixed_coefficient(self) -> float:
-        return 1.0 if self.l1 is None and self.sparsity == "quadratic" else super().fixed_coefficient
+    def fixed_coefficient(self, d_in: int) -> float:
+        return self.l1 if self.l1 is not None else d_in / 128
 
     def build(self, d_in: int) -> SAE:
         return JumpReLUSAE(self, d_in)
@@ -82,6 +82,7 @@ class JumpReLUSAE(SAE):
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
         del self._buffers["threshold"]
         self.threshold = nn.Parameter(torch.zeros(self.d_sae))
+        self.width = config.bandwidth * d_in**0.5
 
     @property
     def needs_whole_batch(self) -> bool:
@@ -97,8 +98,8 @@ class JumpReLUSAE(SAE):
 
     @torch.no_grad()
     def set_density(self, x: Float[Tensor, "n d_in"], latents: Tensor | slice = slice(None)) -> None:
-        self.b_enc[latents] = 0.0
-        self.threshold[latents] = self.upper_quantile(x, self.config.initial_density, latents).clamp_min_(0.0)
+        self.threshold[latents] = self.width / 2
+        self.b_enc[latents] = self.width / 2 - self.upper_quantile(x, self.config.initial_density, latents)
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -122,8 +123,8 @@ class JumpReLUSAE(SAE):
 
     def loss(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Tensor:
         pre = (x - self.b_dec) @ self.W_enc + self.b_enc
-        latents = _Jump.apply(pre, self.threshold, self.config.bandwidth)
-        l0 = _Heaviside.apply(pre, self.threshold, self.config.bandwidth).sum(-1).mean()
+        latents = _Jump.apply(pre, self.threshold, self.width)
+        l0 = _Heaviside.apply(pre, self.threshold, self.width).sum(-1).mean()
         return (self.decode(latents) - x).square().sum(-1).mean() + self._sparsity(l0, terms.coefficient)
 
     @torch.no_grad()
@@ -135,13 +136,13 @@ class JumpReLUSAE(SAE):
         l0 = distributed.mean(step.l0) if self.config.sparsity == "quadratic" else step.l0
         weight = self._step_weight(l0, terms.coefficient) / len(x)
         threshold = gradient(self.threshold)
-        threshold.mul_(self.threshold).add_(self._in_window * weight).mul_(-1 / self.config.bandwidth)
+        threshold.mul_(self.threshold).add_(self._in_window * weight).mul_(-1 / self.width)
         del self._in_window
         step.loss += step.mse + self._sparsity(l0, terms.coefficient)
         return step
 
     def _dense_gradients(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Step:
-        n, dtype, half = len(x), terms.dtype or x.dtype, self.config.bandwidth / 2
+        n, dtype, half = len(x), terms.dtype or x.dtype, self.width / 2
         W_enc, W_dec, b_enc = self.W_enc.to(dtype), self.W_dec.to(dtype), self.b_enc.to(dtype)
         self.clear_gradients()
         self._in_window = torch.zeros_like(self.threshold)
@@ -169,7 +170,7 @@ class JumpReLUSAE(SAE):
         return step
 
     def _sparse_gradients(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Step:
-        n, dtype, half = len(x), terms.dtype or x.dtype, self.config.bandwidth / 2
+        n, dtype, half = len(x), terms.dtype or x.dtype, self.width / 2
         W_dec = self.W_dec.to(dtype)
         centred = x - self.b_dec
         inputs = centred.to(dtype)

@@ -1,14 +1,14 @@
 """Training reaches what was asked for, on data it has never seen."""
 
-import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import sae
-from sae.schedule import TargetL0, learning_rate_factor
+from sae.schedule import Multiplier, TargetL0, learning_rate_factor
 from sae.trainer import Trainer
 from steerkit.errors import InputError
 from steerkit.runs import Run
@@ -16,7 +16,7 @@ from steerkit.runs import Run
 sys.path.insert(0, str(Path(__file__).parent))
 from synthetic import SITE, SparseStream
 
-PENALISED = [sae.L1, sae.SqrtL1, sae.Gated]
+PENALISED = [sae.L1, sae.SqrtL1, sae.Gated, sae.JumpReLU]
 
 
 def figures(model, x):
@@ -164,27 +164,47 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero():
     assert factors[100] == 0.0
 
 
-def test_the_controller_goes_on_where_its_state_was_taken():
-    first = TargetL0(16.0, 1000, log_coefficient=math.log(0.5))
+CONTROLLERS = [TargetL0(16.0, 1000), Multiplier(16.0, 1000)]
+EACH_CONTROLLER = pytest.mark.parametrize(
+    "fresh", CONTROLLERS, ids=lambda controller: type(controller).__name__
+)
+
+
+@EACH_CONTROLLER
+def test_the_controller_goes_on_where_its_state_was_taken(fresh):
+    first, second = replace(fresh), replace(fresh)
     for l0 in (40.0, 30.0, 18.0):
-        first.update(l0)
-    second = TargetL0(16.0, 1000)
+        first.update(l0, 2.0)
     second.load_state_dict(first.state_dict())
     for controller in (first, second):
-        controller.update(21.0)
+        controller.update(21.0, 2.0)
     assert first.coefficient == second.coefficient
 
 
-def test_the_controller_raises_the_penalty_while_too_much_is_active():
-    controller = TargetL0(16.0, 1000)
+@EACH_CONTROLLER
+def test_the_controller_raises_the_penalty_while_too_much_is_active(fresh):
+    controller = replace(fresh)
     before = controller.coefficient
     for _ in range(20):
-        controller.update(32.0)
+        controller.update(32.0, 2.0)
     raised = controller.coefficient
     for _ in range(60):
-        controller.update(8.0)
+        controller.update(8.0, 2.0)
     assert before < raised
     assert controller.coefficient < raised
+
+
+def test_the_price_of_an_active_latent_is_kept_once_the_target_is_met():
+    controller = Multiplier(16.0, 100)
+    for _ in range(50):
+        controller.update(32.0, 2.0)
+    for _ in range(200):
+        controller.update(16.0, 2.0)
+    assert controller.coefficient == pytest.approx(controller.price * 2.0 / 16.0)
+    assert controller.price > 0
+    for _ in range(50):
+        controller.update(4.0, 2.0)
+    assert controller.coefficient < 0 <= controller.price
 
 
 def test_batch_size_and_learning_rate_follow_from_the_length_of_the_run():
