@@ -44,6 +44,7 @@ _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _GREY = "rgba(128, 128, 128, 0.55)"
 _GREY_ROW = ' style="color: var(--quiet)"'
 _NULL = "random SAE"
+_ABLATIONS = ("mean ablation", "zero")
 _GREYS = {_NULL: "line-ew-open", "token identity": "square-open", "posterior": "diamond-open"}
 """What stands beside the runs in figures -> its symbol."""
 
@@ -55,6 +56,11 @@ def comparison_page(results: Sequence[Result], path: str | Path, *, title: str =
     names = run_names([str(result["run"]) for result in results])
     runs = list(zip(names, results))
     parts: list[Any] = [_introduction(runs), "<h2>Runs</h2>", _table(runs)]
+    parts += [
+        f"<p><b>{html.escape(name)}</b>: {html.escape(str(result['caution']))}</p>"
+        for name, result in runs
+        if result.get("caution")
+    ]
     for key, label, caption in _CURVES:
         if any(result.get(key) is not None for _, result in runs):
             parts += [
@@ -67,6 +73,9 @@ def comparison_page(results: Sequence[Result], path: str | Path, *, title: str =
         "<p>Latents by the share of tokens on which they are active; silent ones are in none of the bins.</p>",
         _densities(runs),
     ]
+    pruned = [(name, result) for name, result in runs if result.get("prune_curve")]
+    if pruned:
+        parts += _pruning(pruned)
     judged = [(name, result) for name, result in runs if result.get("judgement")]
     if judged:
         parts += _judging(judged)
@@ -111,9 +120,23 @@ def _table(runs: Sequence[tuple[str, Result]]) -> str:
             f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(result.get('arch', '')))}</td>"
             f'<td class="number">{"" if width is None else f"{width:,}"}</td>{cells}</tr>'
         )
+    for name, null in _nulls(runs):
+        cells = "".join(_cell(null.get(key), None, digits) for key, _, digits in columns)
+        rows.append(f"<tr{_GREY_ROW}><td>{html.escape(name)}</td><td></td><td></td>{cells}</tr>")
     return _scrolling(
         f'<table><tr><th>run</th><th>architecture</th><th class="number">latents</th>{head}</tr>{"".join(rows)}</table>'
     )
+
+
+def _nulls(runs: Sequence[tuple[str, Result]]) -> list[tuple[str, Result]]:
+    """What the runs stand beside; ablations, which do not depend on the SAE, once."""
+    found: list[tuple[str, Result]] = []
+    for run, result in runs:
+        for null in result.get("nulls") or []:
+            own = null["name"] not in _ABLATIONS and len(runs) > 1
+            if null["name"] != "trained" and all(null != other for _, other in found):
+                found.append((f"{null['name']} · {run}" if own else null["name"], null))
+    return sorted(found, key=lambda named: named[1]["name"] in _ABLATIONS)
 
 
 def _cell(value: float | None, interval: Mapping[str, float] | None, digits: str) -> str:
@@ -151,7 +174,7 @@ def _curve(runs: Sequence[tuple[str, Result]], key: str, label: str) -> Any:
             error_y=_error(result, key),
             mode="markers",
             marker={"size": 10, "symbol": symbols[str(result.get("arch"))]},
-            name=f"{name} · {result.get('arch')}",
+            name=name if name == result.get("arch") else f"{name} · {result.get('arch')}",
             hovertemplate=f"{html.escape(name)}<br>L0 %{{x:.4g}}<br>{label} %{{y:.4g}}<extra></extra>",
         )
     # What is one architecture is joined, in a colour that no run has; last, so that runs keep theirs.
@@ -220,6 +243,45 @@ def _densities(runs: Sequence[tuple[str, Result]]) -> Any:
     return figure
 
 
+def _pruning(runs: Sequence[tuple[str, Result]]) -> list[Any]:
+    """Curves of what is left without the lowest activations."""
+    has_ce = all(point["delta_ce"] is not None for _, result in runs for point in result["prune_curve"])
+    first = ("delta_ce", "ΔCE, nats a token") if has_ce else ("final_cosine", "final cosine")
+    return [
+        "<h2>Without the lowest activations</h2>",
+        "<p>Each latent loses the weakest 10 %, 20 % … 90 % of its activations, cut off at thresholds that were measured on other "
+        "documents. From right to left; the first point of a curve is the SAE as it is.</p>",
+        *(_prune_curves(runs, key, label) for key, label in (first, ("fvu", "FVU"))),
+    ]
+
+
+def _prune_curves(runs: Sequence[tuple[str, Result]], key: str, label: str) -> Any:
+    from plotly import graph_objects as go
+
+    figure = go.Figure()
+    for i, (name, result) in enumerate(runs):
+        points = [point for point in result["prune_curve"] if point["kind"] in ("original", "quantile")]
+        figure.add_scatter(
+            x=[point["l0"] for point in points],
+            y=[point[key] for point in points],
+            text=[
+                "as it is" if point["value"] is None else f"without {point['value']:.0%}" for point in points
+            ],
+            mode="lines+markers",
+            marker={"size": 7, "symbol": _SYMBOLS[i % len(_SYMBOLS)]},
+            line={"dash": _DASHES[i % len(_DASHES)]},
+            name=name,
+            hovertemplate=f"{html.escape(name)}, %{{text}}<br>L0 %{{x:.4g}}<br>{label} %{{y:.4g}}<extra></extra>",
+        )
+    figure.update_layout(
+        xaxis={"title": {"text": "L0, active latents a token"}, "rangemode": "tozero"},
+        yaxis={"title": {"text": label}},
+        showlegend=True,
+        height=320,
+    )
+    return figure
+
+
 # judging
 
 
@@ -228,7 +290,7 @@ def _judging(runs: Sequence[tuple[str, Result]]) -> list[Any]:
     basis = list(dict.fromkeys(judgement["examples"] for _, judgement in judgements))
     parts: list[Any] = [
         "<h2>Judged by labels</h2>",
-        "<p>Balanced accuracy of the best 1, 2 and 5 latents (chance 0.5); monosemanticity FMS (0.25 for latents "
+        "<p>Held-out balanced accuracy of the best 1, 2 and 5 latents (chance 0.5); monosemanticity FMS (0.25 for latents "
         "that know nothing); share of tokens whose concept is absorbed by a more specific latent; SCR and TPP, what "
         "ablating five latents does to probes (0 for nothing). Bars are 95 % intervals, clustered by document; grey is "
         f"what they stand beside. {html.escape('; '.join(basis))}.</p>",

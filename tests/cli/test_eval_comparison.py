@@ -136,3 +136,26 @@ def test_what_runs_do_not_share_is_said_and_names_are_escaped(compared, tmp_path
     assert "<b>different texts</b>" in page
     assert "<b>odd" not in page
     assert "&lt;b&gt;odd" in page
+
+
+def test_pruning_curves_nulls_and_cautions_are_on_the_page(compared, tmp_path):
+    curve = [
+        {"kind": kind, "value": value, "l0": l0, "fvu": 0.1, "delta_ce": 0.5, "final_cosine": 0.9}
+        for kind, value, l0 in (("original", None, 8.0), ("quantile", 0.5, 4.0), ("top", 2, 2.0))
+    ]
+    nulls = [{"name": name, "fvu": 1.0} for name in ("trained", "random SAE", "mean ablation")]
+    more = {"prune_curve": curve, "nulls": nulls, "caution": "Trained <elsewhere>."}
+    results = [{**result, **more} for result in compared[1]["runs"]]
+    results[1]["nulls"] = [nulls[0], {"name": "random SAE", "fvu": 0.9}, nulls[2]]
+    page = comparison_page(results, tmp_path / "page.html").read_text()
+    figures = drawn(page)
+    for figure, key in zip(figures[4:6], ("delta_ce", "fvu")):
+        assert [trace["x"] for trace in figure] == [[8.0, 4.0]] * 2
+        assert figure[0]["y"] == [point[key] for point in curve[:2]]
+    assert page.count("<td>mean ablation</td>") == 1
+    assert page.count("<td>random SAE · topk-2</td>") == page.count("<td>random SAE · topk-8</td>") == 2
+    assert "<td>trained</td>" not in page
+    assert "Trained &lt;elsewhere&gt;." in page
+    headless = [{**point, "delta_ce": None} for point in curve]
+    page = comparison_page([{**results[0], "prune_curve": headless}], tmp_path / "one.html").read_text()
+    assert "final cosine" in page.split("Without the lowest activations")[1]
