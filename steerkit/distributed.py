@@ -12,7 +12,6 @@ stop with the same, and what is on disk is whole, because rank 0 alone writes.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import time
@@ -31,8 +30,22 @@ TIMEOUT = timedelta(minutes=10)
 
 T = TypeVar("T")
 
-_FAILED = "steerkit/failed"
-_turns = itertools.count()
+
+class _Fate:
+    """What the ranks tell each other of one job goes under keys of its own, so that a job that failed leaves the next one alone."""
+
+    jobs = 0
+    depth = 0
+    turns = 0
+
+    @classmethod
+    def key(cls, name: str) -> str:
+        return f"steerkit/{cls.jobs}/{name}"
+
+    @classmethod
+    def next_turn(cls) -> str:
+        cls.turns += 1
+        return cls.key(f"turn-{cls.turns}")
 
 
 def rank() -> int:
@@ -126,13 +139,13 @@ def first(work: Callable[[], T]) -> T | None:
     with rank 0's error."""
     if world_size() == 1:
         return work()
-    key = f"steerkit/turn-{next(_turns)}"
+    key = _Fate.next_turn()
     if is_first():
         found = work()
         _store().set(key, "done")
         return found
     while not _store().check([key]):
-        if _store().check([_FAILED]):
+        if _failed():
             raise _told_error(_told())
         time.sleep(0.02)
     return None
@@ -169,6 +182,9 @@ def local_rank() -> int:
 
 @contextlib.contextmanager
 def _one_fate() -> Iterator[None]:
+    if _Fate.depth == 0:
+        _Fate.jobs, _Fate.turns = _Fate.jobs + 1, 0
+    _Fate.depth += 1
     try:
         yield
     except Exception as error:
@@ -178,19 +194,21 @@ def _one_fate() -> Iterator[None]:
         if told is None:
             raise
         raise _told_error(told) from error
+    finally:
+        _Fate.depth -= 1
 
 
 def _tell(error: Exception) -> dict[str, Any] | None:
     """Tell the others of an error, unless it only follows from another rank's: that one's is given."""
     try:
         patience = time.monotonic() + (5.0 if _is_broken_connection(error) else 0.0)
-        while not _store().check([_FAILED]):
+        while not _failed():
             if time.monotonic() > patience:
                 code = getattr(error, "exit_code", 1)
                 told = {"rank": rank(), "text": str(error) or type(error).__name__, "exit_code": code}
                 if _is_broken_connection(error):
                     return {**told, "rank": None, "text": "another process of this run has ended"}
-                _store().set(_FAILED, json.dumps(told))
+                _store().set(_Fate.key("failed"), json.dumps(told))
                 return None
             time.sleep(0.05)
         told = _told()
@@ -199,8 +217,12 @@ def _tell(error: Exception) -> dict[str, Any] | None:
     return None if told["rank"] == rank() else told
 
 
+def _failed() -> bool:
+    return _store().check([_Fate.key("failed")])
+
+
 def _told() -> dict[str, Any]:
-    return json.loads(_store().get(_FAILED))
+    return json.loads(_store().get(_Fate.key("failed")))
 
 
 def _told_error(told: dict[str, Any]) -> SteerkitError:
@@ -225,10 +247,10 @@ def _is_broken_connection(error: Exception) -> bool:
 
 def _meet() -> None:
     """Wait for all ranks, without the connections that some may be about to close."""
-    store, key = _store(), f"steerkit/turn-{next(_turns)}"
+    store, key = _store(), _Fate.next_turn()
     store.add(key, 1)
     with contextlib.suppress(RuntimeError):  # the store ends with the rank that holds it
-        while store.add(key, 0) < world_size() and not store.check([_FAILED]):
+        while store.add(key, 0) < world_size() and not _failed():
             time.sleep(0.02)
 
 
