@@ -898,6 +898,7 @@ def _guided_checks(d: Data) -> Iterator[Check]:
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _GREY = "rgb(128, 128, 128)"
+_TICKS = [digit * 10.0**power for power in range(-5, 2) for digit in (1, 2, 5)]
 _TWO = ("#2b8ccc", "#d8702a")
 """Blue and orange that can be read on light and on dark."""
 _MARKS = {"confirmed": "✓", "refuted": "✗", "undecided": "?", "mixed": "±", "not measured": "–"}
@@ -1031,7 +1032,7 @@ def _panels(titles: Sequence[str], label: str, height: int = 400) -> Any:
         tickvals=[4, 8, 16, 32, 64, 128],
         ticktext=["4", "8", "16", "32", "64", "128"],
     )
-    figure.update_yaxes(type="log", dtick="D2")
+    figure.update_yaxes(type="log", tickvals=_TICKS, ticktext=[f"{tick:g}" for tick in _TICKS])
     figure.update_yaxes(title_text=label, col=1)
     figure.update_layout(
         height=height, showlegend=True, margin={"t": 32, "l": 64, "r": 8, "b": 40},
