@@ -81,8 +81,8 @@ def test_what_sae_lens_trained_is_read_for_raw_activations(script: ModuleType, a
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(256, 8, generator=generator)
     scale = 0.25
-    peer = script.PeerTraining(arch, 8, 32, 4, 0.05 if arch in script.PENALTIES else None, 1e-2, 50, 256, 0)
-    for _ in range(50):
+    peer = script.PeerTraining(arch, 8, 32, 4, 0.05 if arch in script.PENALTIES else None, 1e-2, 12, 256, 0)
+    for _ in range(12):
         peer.step(x)
     own = peer.trainer.sae.eval()
     latents = own.encode(x)
