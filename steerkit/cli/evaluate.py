@@ -33,6 +33,8 @@ from steerkit.tokens import Tokenization
 
 CURVE_TOKENS = 50_000
 """Most tokens that each of the ten SAEs of a pruning curve is measured on."""
+CALIBRATION_TOKENS = 16_384
+"""Tokens, of other documents, that its thresholds are measured on."""
 
 
 def eval_sae(
@@ -213,6 +215,7 @@ class _Measure:
         result |= self._held_out(run, baseline)
         if self.prune_curve:
             settings = self._settings(run) | {"tokens": min(self.tokens, CURVE_TOKENS)}
+            settings["calibration_tokens"] = CALIBRATION_TOKENS
             curve = prune_curve(model, run.sae, self._documents(run), site, **settings)
             say(repr(curve), quiet=self.quiet)
             result["prune_curve"] = curve.to_dict()
