@@ -12,6 +12,8 @@ stop with the same, and what is on disk is whole, because rank 0 alone writes.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import json
 import os
 import time
@@ -29,6 +31,7 @@ TIMEOUT = timedelta(minutes=10)
 """For how long ranks wait for one that still lives but does not answer."""
 
 T = TypeVar("T")
+_launches = itertools.count()
 
 
 class _Fate:
@@ -168,11 +171,21 @@ def launched() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    store, own, ranks = _rendezvous()
+    own_keys = dist.PrefixStore(
+        f"steerkit/launch-{next(_launches)}", store
+    )  # addresses of an earlier group are no use
+    dist.init_process_group(backend, store=own_keys, rank=own, world_size=ranks, timeout=TIMEOUT)
     with _one_fate():
         yield
         _meet()
     dist.destroy_process_group()
+
+
+@functools.cache
+def _rendezvous() -> tuple[Any, int, int]:
+    """(store, rank, number of ranks) of what the launcher started, for as long as this process lives."""
+    return next(dist.rendezvous("env://"))
 
 
 def local_rank() -> int:

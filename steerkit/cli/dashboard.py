@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sae.concepts import ConceptScores, concept_scores
+from sae.formats import is_remote
 from sae.pretrained import attach, open_run
 from steerkit.cli.common import Device, Json, Quiet, TextColumn, emit, load_model, say
 from steerkit.errors import InputError
@@ -47,6 +48,10 @@ def dashboard(
     quiet: Quiet = False,
 ) -> None:
     """Draw a page for each latent: static, offline, opened from disk."""
+    if not is_remote(run) and not Path(run).exists():
+        raise InputError(
+            f"{run} does not exist: give a run's directory, hf://user/repo/folder or saelens:release/id."
+        )
     if out is None and not Path(run).is_dir():
         raise InputError(f"{run} is no directory to write the dashboard into: give --out, a directory.")
     found = open_run(run, model=model, data=data, site=site, text_column=text_column)

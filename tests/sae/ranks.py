@@ -1,8 +1,12 @@
-"""What each process of a distributed run does in the tests: `torchrun --nproc-per-node 2 ranks.py WHAT OUT`."""
+"""What each process of a distributed run does in the tests: `torchrun --nproc-per-node 2 ranks.py OUT`."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +16,7 @@ from synthetic import SITE, SparseStream
 import sae
 from sae.trainer import Trainer
 from steerkit import distributed
+from steerkit.errors import SteerkitError
 
 STEPS, BATCH = 20, 256
 CASES: dict[str, sae.Config] = {
@@ -41,8 +46,42 @@ def trained(arch: sae.Config, **settings: object) -> Trainer:
     return trainer
 
 
+def refuse_batch() -> None:
+    trained(CASES["topk"], batch_size=BATCH + 1)
+
+
+def fail_on_the_first() -> None:
+    def work() -> None:
+        raise SteerkitError("no space left")
+
+    distributed.first(work)
+
+
+def hand_over() -> object:
+    return distributed.first(lambda: "what rank 0 found")
+
+
+def fail_on_the_second() -> None:
+    for step in range(10):
+        if distributed.rank() == 1 and step == 3:
+            raise ValueError("rank 1 gave up")
+        distributed.average(torch.ones(1000))
+
+
+def outcome(work: Callable[[], object]) -> str:
+    """What a job ended with on this rank: its error, or what it gave."""
+    try:
+        with distributed.launched():
+            return repr(work())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # the launcher ends a rank whose neighbour has died, before it has spoken
     out = Path(sys.argv[1])
     with distributed.launched():
         for name, arch in CASES.items():
@@ -50,6 +89,11 @@ def main() -> None:
             found = {key: value.contiguous() for key, value in trainer.tensors().items()}
             found["metrics"] = torch.tensor(list(trainer.metrics().values()), dtype=torch.float64)
             save_file(found, out / f"{name}-{distributed.rank()}.safetensors")
+    outcomes = {}
+    for work in (refuse_batch, fail_on_the_first, hand_over, fail_on_the_second):
+        outcomes[work.__name__] = outcome(work)
+    (out / f"outcomes-{distributed.rank()}.json").write_text(json.dumps(outcomes))
+    os._exit(distributed.rank())  # gloo waits at the end for what has broken off
 
 
 if __name__ == "__main__":
