@@ -117,7 +117,9 @@ def format_of(source: str | Path) -> str:
     if (path / "run.yaml").exists():
         raise InputError(f"{path} is an unfinished run without an SAE; continue it with --resume.")
     files = [file for format in FORMATS.values() for file in format.weights]
-    raise InputError(f"{path} holds no SAE: there is no {', '.join(files[:-1])} or {files[-1]} in it.")
+    raise InputError(
+        f"{path} is not a run directory and holds no SAE: there is no {', '.join(files[:-1])} or {files[-1]} in it."
+    )
 
 
 def is_remote(source: str | Path) -> bool:
