@@ -507,7 +507,7 @@ def main() -> None:
     parser.add_argument("--many-d-sae", type=int, default=512)
     parser.add_argument("--quality-tokens", type=int, default=50_000, help="held-out tokens")
     parser.add_argument(
-        "--peer-lrs", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="sae-lens's, to choose from"
+        "--peer-lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="sae-lens's, to choose from"
     )
     parser.add_argument("--peer-l1", type=float, help="sae-lens's penalty; searched for without it")
     parser.add_argument("--search-tries", type=int, default=5, help="runs of that search, for each lr")

@@ -96,7 +96,7 @@ class Case:
     """Held-out tokens."""
     architectures: tuple[str, ...] = ARCHITECTURES
     peers: tuple[str, ...] = tuple(PEERS)
-    peer_lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    peer_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     tokenization: Tokenization = field(default_factory=Tokenization)
     labels: tuple[str, ...] = ()
     judge_tokens: int = 100_000
@@ -142,7 +142,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
             if quick
             else ARCHITECTURES,
             peers=("l1", "gated", "topk") if quick else tuple(PEERS),
-            peer_lrs=(1e-3, 3e-3) if quick else (3e-4, 1e-3, 3e-3),
+            peer_lrs=(3e-3, 1e-2) if quick else (1e-3, 3e-3, 1e-2),
             labels=GUIDED,
             judge_tokens=60_000 if quick else 200_000,
         )
