@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from sae.architectures import Config
+from sae.reading import Reading
 from sae.trainer import TrainConfig, Trainer
 from steerkit.activations import Statistics
 from steerkit.data import Documents
 from steerkit.models import HookedModel
+from steerkit.pair import ModelPair
 from steerkit.runs import peak_memory_mb
 from steerkit.tokens import Tokenization, token_batches
 
@@ -66,23 +68,30 @@ def plan(
     """Time a few forwards and steps, and reckon the rest. Writes nothing, changes nothing."""
     config = (config or TrainConfig()).resolve(tokens)
     assert config.batch_size is not None
-    width = model.site(site).width
+    tuned = getattr(arch, "tuned", None)
+    read: HookedModel | ModelPair = model if tuned is None else ModelPair.of(model, tuned)
+    arch = arch.bound(site, lambda name: read.site(name).width)
+    sites = list(dict.fromkeys((*arch.inputs(site), *arch.outputs(site))))
+    statistics = {name: Statistics(torch.zeros(read.site(name).width), 1.0, None, 0) for name in sites}
+    reading = Reading(arch, site, lambda name: statistics[name])
     batches = list(itertools.islice(token_batches(model, documents[:512], tokenization), _PROBE_BATCHES))
     seconds_model, n_model = 0.0, 0
     with torch.no_grad():
         for i, batch in enumerate([batches[0], *batches]):
             started = time.perf_counter()
-            acts = model.run(batch.input_ids, batch.attention_mask, sites=[site])[site]
-            _synchronise(acts.device)
+            acts = read.run(batch.input_ids, batch.attention_mask, sites=sites)
+            _synchronise(next(iter(acts.values())).device)
             if i:  # the first is a warm-up
                 seconds_model += time.perf_counter() - started
                 n_model += batch.n_kept
-    trainer = Trainer(arch, site, Statistics(torch.zeros(width), 1.0, None, 0), tokens, config, model.device)
-    x = torch.randn(config.batch_size, width, device=model.device)
-    trainer.step(x)
+    trainer = Trainer(arch, site, reading.input, tokens, config, model.device, reading.target)
+    n, width = config.batch_size, len(reading.input.mean)
+    made = {name: torch.randn(n, len(known.mean), device=model.device) for name, known in statistics.items()}
+    made |= {label: torch.rand(n, device=model.device).round() for label in arch.labels}
+    trainer.step(*reading(made))
     started = time.perf_counter()
     for _ in range(_PROBE_BATCHES):
-        trainer.step(x)
+        trainer.step(*reading(made))
     _synchronise(model.device)
     rates = {
         "model": n_model / seconds_model,
@@ -104,7 +113,7 @@ def plan(
             "now": peak_memory_mb(),
             "weights, gradients, moments": 4 * parameters * mb,
             "latents of a batch": 4 * config.batch_size * arch.d_sae * mb,
-            "buffer": 2 * config.block_tokens * width * mb,
+            "buffer": 2 * config.block_tokens * sum(len(known.mean) for known in statistics.values()) * mb,
         },
         tokens_per_second=rates,
         seconds=trainer.n_steps * config.batch_size / rates["total"],

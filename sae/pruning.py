@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from sae.architectures import L1, SAE, SqrtL1, TopK, Transcoder
 from sae.evaluation import Evaluation, check_fits, evaluate_all
 from sae.formats import as_jumprelu
-from sae.thresholds import strongest
+from sae.thresholds import strongest, strongest_of_each
 from steerkit.activations import Tokenization, collect
 from steerkit.data import Documents, load_documents
 from steerkit.errors import InputError
@@ -57,7 +57,6 @@ def prune(
     """
     if (quantile is None) == (absolute is None):
         raise InputError("Give either a quantile or an absolute cut to prune by.")
-    found = copy.deepcopy(sae).requires_grad_(False)
     if absolute is not None:
         if not absolute >= 0:
             raise InputError(f"The cut is {absolute}: activations lie above 0, so give 0 or more.")
@@ -68,15 +67,21 @@ def prune(
             if acts is None:
                 raise InputError("A TopK SAE needs activations to be pruned: give some of held-out text.")
             cut = torch.maximum(cut, strongest(sae, acts, 1.0))
-        found.threshold = cut
     else:
         assert quantile is not None
         if not 0 <= quantile <= 1:
             raise InputError(f"quantile is {quantile}: it is a share, from 0 to 1.")
         if acts is None or not len(acts):
             raise InputError("A quantile needs activations to be measured on: give some of held-out text.")
-        found.threshold = strongest(sae, acts, 1 - quantile)
-    found.metadata = {**sae.metadata, "pruned": {"quantile": quantile, "absolute": absolute}}
+        return _pruned(sae, strongest(sae, acts, 1 - quantile), quantile=quantile)
+    return _pruned(sae, cut, absolute=absolute)
+
+
+def _pruned(sae: SAE, threshold: Tensor, **how: float | None) -> SAE:
+    """A copy with these thresholds."""
+    found = copy.deepcopy(sae).requires_grad_(False)
+    found.threshold = threshold
+    found.metadata = {**sae.metadata, "pruned": {"quantile": None, "absolute": None, **how}}
     return found if found.config.own_thresholds else as_jumprelu(found)
 
 
@@ -241,9 +246,10 @@ def prune_curve(
     )[site]
     kinds: list[tuple[str, float | None]] = [("original", None)]
     saes = {"original": sae}
-    for quantile in dict.fromkeys(quantiles):
+    shares = list(dict.fromkeys(quantiles))
+    for quantile, threshold in zip(shares, strongest_of_each(sae, calibration, [1 - q for q in shares])):
         kinds.append(("quantile", quantile))
-        saes[f"quantile {quantile}"] = prune(sae, calibration, quantile=quantile)
+        saes[f"quantile {quantile}"] = _pruned(sae, threshold, quantile=quantile)
     for k in dict.fromkeys(top):
         kinds.append(("top", k))
         saes[f"top {k}"] = keep_top(sae, k)

@@ -8,7 +8,7 @@ Common ground of `sae.pruning` and of the random SAE that evaluations stand besi
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -32,20 +32,29 @@ def strongest(sae: SAE, acts: Float[Tensor, "n d_in"], share: float) -> Float[Te
     or in another format, does not decide. A TopK SAE with thresholds is no longer limited to k latents a
     token; its densities and its mean L0 are what they would be.
     """
+    return strongest_of_each(sae, acts, [share])[0]
+
+
+@torch.no_grad()
+def strongest_of_each(
+    sae: SAE, acts: Float[Tensor, "n d_in"], shares: Sequence[float]
+) -> list[Float[Tensor, " d_sae"]]:
+    """`strongest` for several shares: the activations are sorted once."""
     acts = acts[: max(1, CALIBRATION_ENTRIES // sae.d_sae)]
     bare = copy.deepcopy(sae)
     bare.threshold = torch.zeros(sae.d_sae, device=sae.device, dtype=sae.dtype)
     counts = torch.stack([(part > 0).sum(0) for part in encoded(sae, acts)]).sum(0)
     latents = torch.cat(list(encoded(bare, acts)))
-    keep = (counts * share).round().long()
-    found = torch.zeros(sae.d_sae, device=sae.device, dtype=sae.dtype)
+    found = [torch.zeros(sae.d_sae, device=sae.device, dtype=sae.dtype) for _ in shares]
     for part in sae.latent_chunks(max(1, _ENTRIES // len(acts))):
         ordered = latents[:, part].sort(dim=0, descending=True).values
-        weakest_kept = ordered.gather(0, (keep[part] - 1).clamp(min=0)[None])[0]
-        weakest_kept[keep[part] == 0] *= 1.01
-        dropped = ordered.gather(0, keep[part].clamp(max=len(acts) - 1)[None])[0]
-        found[part] = torch.where(dropped > 0, (weakest_kept + dropped) / 2, dropped)
-    found[keep >= len(acts)] = 0
+        for share, thresholds in zip(shares, found):
+            keep = (counts[part] * share).round().long()
+            weakest_kept = ordered.gather(0, (keep - 1).clamp(min=0)[None])[0]
+            weakest_kept[keep == 0] *= 1.01
+            dropped = ordered.gather(0, keep.clamp(max=len(acts) - 1)[None])[0]
+            halfway = torch.where(dropped > 0, (weakest_kept + dropped) / 2, dropped)
+            thresholds[part] = halfway.masked_fill_(keep >= len(acts), 0)
     return found
 
 

@@ -167,7 +167,7 @@ class _Pass:
         assert self.config.batch_size is not None
         present = self.out / "run.yaml"
         if resume and present.exists():
-            chosen = Run.load(self.out).config["training"].get("micro_batch")
+            chosen = Run.load(self.out).config.get("training", {}).get("micro_batch")
         else:
             share = distributed.share(self.config.batch_size)
             widths = sum(self.model.site(site).width for site in self._all_sites())
@@ -222,13 +222,14 @@ class _Pass:
         """Train, evaluate and write all; gives the finished runs in the order of the jobs."""
         started = time.perf_counter()
         distributed.first(lambda: [self._open(name, resume, force) for name in self.jobs])
-        runs = {name: self._open(name, resume=True) for name in self.jobs}
+        runs = {name: Run.load(self.out / name) for name in self.jobs}
+        checkpoints = Checkpoints(self.out / "checkpoint")
         if all(run.finished for run in runs.values()):
+            distributed.first(checkpoints.remove)
             return [SAERun.load(run.path) for run in runs.values()]
         sites = self._all_sites()
         stream = self.source.stream(sites, self.config, self._columns(self.source.documents))
         before = time.perf_counter() - started
-        checkpoints = Checkpoints(self.out / "checkpoint")
         try:
             made = fit_all(
                 stream,

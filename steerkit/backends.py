@@ -71,6 +71,14 @@ class HuggingFaceBackend:
         return self.inner.get_input_embeddings()
 
     @property
+    def trunk(self) -> nn.Module:
+        """What every forward goes through, with token ids, mask and cache as its arguments."""
+        return self.base
+
+    def embedding_weight(self) -> Tensor:
+        return self.embeddings.weight
+
+    @property
     def device(self) -> torch.device:
         weight = self.embeddings.weight
         if weight.is_meta:  # offloaded by accelerate, which runs the module on its execution device

@@ -61,6 +61,14 @@ class TransformerLensBackend:
             self._discover(special_ids)
 
     @property
+    def trunk(self) -> nn.Module:
+        """What every forward goes through, with token ids, mask and cache as its arguments."""
+        return self.model
+
+    def embedding_weight(self) -> Tensor:
+        return self.model.W_E
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 

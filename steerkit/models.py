@@ -17,10 +17,12 @@ depend on its argument alone. `torch.compile`d models run uncompiled while hooks
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +34,12 @@ from steerkit.errors import InputError, SiteError, did_you_mean
 from steerkit.lens import TransformerLensBackend, is_transformer_lens
 from steerkit.loading import Loaded, load, quiet
 from steerkit.sites import ALIASES, ActivationHook, Site, attach, first_tensor, uncompiled
+
+
+class Steerable(Protocol):
+    """What can be applied to a model: a `steerkit.steering.SteeringVector`."""
+
+    def applied_to(self, model: HookedModel, **options: Any) -> AbstractContextManager[None]: ...
 
 
 class HookedModel:
@@ -107,6 +115,19 @@ class HookedModel:
             )
         )
 
+    @property
+    def trunk(self) -> nn.Module:
+        """The module that turns token ids into final states: every forward goes through it (but T5's encoder in `generate`)."""
+        return self._backend.trunk
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells whether two models are the same but for fine-tuning: of sizes and some embeddings, wherever the files lie."""
+        weight = self._backend.embedding_weight().detach()
+        rows = weight[:: max(1, len(weight) // 64)][:64, :64].to("cpu", torch.bfloat16).view(torch.int16)
+        sizes = f"{self.n_layers} {self.d_model} {self.d_vocab} {self.n_heads}".encode()
+        return hashlib.sha256(sizes + rows.contiguous().numpy().tobytes()).hexdigest()[:16]
+
     def __repr__(self) -> str:
         return (
             f"HookedModel({self.name!r}, {type(self.model).__name__}, {self.n_layers} layers, "
@@ -165,6 +186,13 @@ class HookedModel:
         hooks = _Hooks(self.model, [(self.site(name), fn) for name, fn in functions.items()])
         with hooks.open():
             yield
+
+    def steer(self, vector: Steerable, **options: Any) -> AbstractContextManager[None]:
+        """Inside, every forward is changed as `vector` says; afterwards nothing is left behind.
+
+        `strength`, `where` and the other options are those of `SteeringVector.applied_to`.
+        """
+        return vector.applied_to(self, **options)
 
     def run(
         self,

@@ -94,7 +94,9 @@ def is_first() -> bool:
 
 
 def fail(message: str, code: int) -> None:
-    """Print one line on stderr and exit with `code`."""
+    """Print one line on stderr and exit with `code`; of several processes the first speaks, if it lives."""
+    if not is_first() and not message.startswith("Stopped"):
+        raise SystemExit(code)
     prefix = "" if code == 130 else "Error: "
     print(prefix + " ".join(message.split()), file=sys.stderr)
     raise typer.Exit(code)

@@ -60,7 +60,12 @@ def train_sae(
     model: Model = None,
     data: Data = None,
     site: Annotated[
-        str | None, typer.Option("--site", "-s", help="Hook site (`steerkit inspect MODEL` lists them).")
+        str | None,
+        typer.Option(
+            "--site",
+            "-s",
+            help="Hook site (`steerkit inspect MODEL` lists them); a crosscoder's with commas.",
+        ),
     ] = None,
     arch: Annotated[
         str | None, typer.Option("--arch", "-a", help=f"One of {', '.join(sae.REGISTRY)}.")
@@ -73,6 +78,17 @@ def train_sae(
     l1: Annotated[float | None, typer.Option("--l1", help="Fixed coefficient of the penalty.")] = None,
     target_l0: Annotated[
         float | None, typer.Option("--target-l0", help="Mean active latents a token to steer to.")
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option("--labels", help="What a guided SAE's first latents are taught: mood=happy,tense=past."),
+    ] = None,
+    target_site: Annotated[
+        str | None, typer.Option("--target-site", help="The site that a transcoder reconstructs.")
+    ] = None,
+    tuned: Annotated[
+        str | None,
+        typer.Option("--tuned", help="The fine-tuned copy that a crosscoder reads beside the model."),
     ] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", "-n", help="Tokens to train on.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory of the run.")] = None,
@@ -113,6 +129,9 @@ def train_sae(
         "arch.k": k,
         "arch.l1": l1,
         "arch.target_l0": target_l0,
+        "arch.labels": None if labels is None else [part.strip() for part in labels.split(",")],
+        "arch.target_site": target_site,
+        "arch.tuned": tuned,
         "tokens": tokens,
         "text_column": text_column,
         "device": device,
@@ -132,7 +151,7 @@ def train_sae(
         emit(Run.load(out).summary, as_json=json)
         return
     hooked = load_model(settings.model, settings.device, settings.dtype)
-    architecture = _architecture(settings.arch, expansion, hooked.site(settings.site).width)
+    architecture = _architecture(settings.arch, expansion, hooked, settings.site)
     if dry_run:
         planned = plan(
             hooked,
@@ -167,7 +186,7 @@ def train_sae(
     emit(run.summary, as_json=json)
 
 
-def _architecture(values: dict[str, Any], expansion: float | None, width: int) -> sae.Config:
+def _architecture(values: dict[str, Any], expansion: float | None, model: Any, site: str) -> sae.Config:
     """The architecture's config; its number of latents from `d_sae` or as a multiple of the width."""
     values = dict(values)
     if "name" not in values:
@@ -176,7 +195,9 @@ def _architecture(values: dict[str, Any], expansion: float | None, width: int) -
     if expansion is not None:
         if "d_sae" in values:
             raise InputError("Give --d-sae or --expansion, not both.")
-        values["d_sae"] = round(expansion * width)
+        sites = site.split(",") if schema is sae.Crosscoder else [site]
+        copies = 1 if values.get("tuned") is None else 2
+        values["d_sae"] = round(expansion * copies * sum(model.site(name.strip()).width for name in sites))
     if "d_sae" not in values:
         raise InputError("--d-sae or --expansion is needed: how many latents?")
     return build(schema, values, "arch.")

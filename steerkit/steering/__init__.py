@@ -1,0 +1,40 @@
+"""Steering: changing what a language model does by editing its activations or weights.
+
+pairs = steering.load_pairs("storyworld:mood=happy")
+vector = steering.fit(model, pairs, method="mean_diff", site="blocks.2.hook_resid_post")
+with model.steer(vector, strength=4.0):
+    model.generate("Anna", max_new_tokens=40)
+"""
+
+from steerkit.steering.edits import Add, AddMatrix, Clamp, Edit, LowRank, Project, Rotate, WeightDelta
+from steerkit.steering.fitting import fit
+from steerkit.steering.methods import METHODS, MeanDiff, Method
+from steerkit.steering.pairs import Pair, Pairs, load_pairs
+from steerkit.steering.vector import Condition, SteeringVector
+from steerkit.steering.where import Constant, Custom, Decay, Tokens, Where, Window
+
+__all__ = [
+    "METHODS",
+    "Add",
+    "AddMatrix",
+    "Clamp",
+    "Condition",
+    "Constant",
+    "Custom",
+    "Decay",
+    "Edit",
+    "LowRank",
+    "MeanDiff",
+    "Method",
+    "Pair",
+    "Pairs",
+    "Project",
+    "Rotate",
+    "SteeringVector",
+    "Tokens",
+    "WeightDelta",
+    "Where",
+    "Window",
+    "fit",
+    "load_pairs",
+]
