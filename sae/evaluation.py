@@ -36,6 +36,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.architectures import SAE
+from sae.architectures.base import column_counts
 from sae.architectures.crosscoder import CrosscoderSAE
 from sae.architectures.transcoder import TranscoderSAE
 from sae.thresholds import mean_l0, strongest
@@ -592,7 +593,7 @@ class _Sums:
             latents = sae.encode(encoded)
             found[part] = sae.reconstruct(latents, encoded)[:, self.place.part].to(x)
             active = latents > 0
-            self.counts[name] += active.sum(0).cpu()
+            self.counts[name] += column_counts(active).long().cpu()
             self._add_chunk(
                 name, x[part], found[part], active.to(x.device), latents.to(x.device), document[part]
             )
@@ -609,7 +610,7 @@ class _Sums:
         centred, aligned = found - centre, (x - centre) * (found - centre)
         values = {
             "error": (x - found).square().sum(-1, dtype=torch.float64),
-            "l0": active.sum(-1),
+            "l0": active.float().sum(-1),
             "l1": latents.float().sum(-1),
             "cosine": F.cosine_similarity(x, found, dim=-1),
             "ratio": found.norm(dim=-1) / x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny),

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.architectures import SAE
+from sae.architectures.base import column_counts
 
 _ENTRIES = 1 << 24
 """Latents that are computed at once."""
@@ -43,7 +44,7 @@ def strongest_of_each(
     acts = acts[: max(1, CALIBRATION_ENTRIES // sae.d_sae)]
     bare = copy.deepcopy(sae)
     bare.threshold = torch.zeros(sae.d_sae, device=sae.device, dtype=sae.dtype)
-    counts = torch.stack([(part > 0).sum(0) for part in encoded(sae, acts)]).sum(0)
+    counts = torch.stack([column_counts(part > 0) for part in encoded(sae, acts)]).sum(0)
     latents = torch.cat(list(encoded(bare, acts)))
     found = [torch.zeros(sae.d_sae, device=sae.device, dtype=sae.dtype) for _ in shares]
     for part in sae.latent_chunks(max(1, _ENTRIES // len(acts))):

@@ -17,7 +17,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae.architectures.base import SAE, Config, Sparsity, Step, Terms, add_product, add_sum, gradient
+from sae.architectures.base import (
+    SAE,
+    Config,
+    Sparsity,
+    Step,
+    Terms,
+    add_product,
+    add_sum,
+    column_counts,
+    gradient,
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,7 @@ class GatedSAE(SAE):
             open_ = gate > 0
             latents = torch.addcmul(b_mag, product, rate).relu_().mul_(open_)
             active = latents > 0
-            step.counts += active.sum(0)
+            step.counts += column_counts(active)
             error = (latents @ W_dec).to(x.dtype).sub_(centred)
             auxiliary = (gate @ W_dec).to(x.dtype).sub_(centred)
             step.mse += error.square().sum() / n

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae.architectures.base import SAE, Sparsity, Step, Terms, add_product, add_sum, gradient
+from sae.architectures.base import SAE, Sparsity, Step, Terms, add_product, add_sum, column_counts, gradient
 from sae.schedule import Controller, Multiplier
 from steerkit import distributed
 from steerkit.errors import InputError
@@ -154,13 +154,13 @@ class JumpReLUSAE(SAE):
             above = pre - self.threshold
             active, window = above > 0, above.abs_() < half
             latents = pre.mul_(active)
-            step.counts += active.sum(0)
+            step.counts += column_counts(active)
             error = (latents @ W_dec).to(x.dtype).sub_(centred)
             step.mse += error.square().sum() / n
             error.mul_(2 / n)
             errors = error.to(dtype)
             asked = errors @ W_dec.T
-            self._in_window += window.sum(0)
+            self._in_window += column_counts(window)
             add_sum(self.threshold, asked * window)
             upstream = asked.mul_(active)
             add_product(self.W_dec, latents.T, errors)

@@ -16,7 +16,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae.architectures.base import SAE, Config, Sparsity, Step, Terms, add_product, add_sum, gradient
+from sae.architectures.base import (
+    SAE,
+    Config,
+    Sparsity,
+    Step,
+    Terms,
+    add_product,
+    add_sum,
+    column_counts,
+    gradient,
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class ReLUSAE(SAE):
             inputs = centred.to(dtype)
             latents = torch.addmm(b_enc, inputs, W_enc).relu_()
             active = latents > 0
-            step.counts += active.sum(0)
+            step.counts += column_counts(active)
             error = (latents @ W_dec).to(x.dtype).sub_(centred)
             step.mse += error.square().sum() / n
             if weight:
