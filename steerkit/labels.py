@@ -1,6 +1,6 @@
 """Labels of tokens, to stand beside their activations.
 
-    labels = TokenLabels.of(documents, ("mood=happy", "weather=rain"))       # StoryWorld's attributes, or columns of a table
+    labels = TokenLabels.of(documents, ("mood=happy", "weather=rainy"))       # StoryWorld's attributes, or columns of a table
     labels = TokenLabels.of(texts, ("toxic", "polite"), lambda text: [0.9, 0.1])             # or a function of the text
     labels(document, position)["toxic"]                                   # (n,), NaN where it is unknown
     stream = ActivationStream(model, documents, site, columns=labels)     # batches have the labels by their names, too

@@ -31,7 +31,7 @@ class Guided(TopK):
     """TopK whose first latents are guided by labels, one each."""
 
     labels: tuple[str, ...] = ()  # type: ignore[misc]
-    """What the first latents are taught, such as `("mood=happy", "weather=rain")`: column (or attribute of StoryWorld) = value."""
+    """What the first latents are taught, such as `("mood=happy", "weather=rainy")`: column (or attribute of StoryWorld) = value."""
     guidance: float = 1.0
     """γ, the weight of the labels' cross-entropy beside the squared error as a share of ‖x‖²."""
     cond_loss_scaling: float = 1.0
