@@ -8,7 +8,7 @@ with model.steer(vector, strength=4.0):
 
 from steerkit.steering.edits import Add, AddMatrix, Clamp, Edit, LowRank, Project, Rotate, WeightDelta
 from steerkit.steering.fitting import fit
-from steerkit.steering.methods import METHODS, MeanDiff, Method
+from steerkit.steering.methods import METHODS, Method
 from steerkit.steering.pairs import Pair, Pairs, load_pairs
 from steerkit.steering.vector import Condition, SteeringVector
 from steerkit.steering.where import Constant, Custom, Decay, Tokens, Where, Window
@@ -24,7 +24,6 @@ __all__ = [
     "Decay",
     "Edit",
     "LowRank",
-    "MeanDiff",
     "Method",
     "Pair",
     "Pairs",

@@ -1,6 +1,24 @@
 """Ways to make a steering vector, one file each. A new one is a file and a line here."""
 
+from steerkit.steering.methods.act_add import ActAdd
 from steerkit.steering.methods.base import METHODS, Method
+from steerkit.steering.methods.lda import LDA
+from steerkit.steering.methods.logistic import Logistic
+from steerkit.steering.methods.mean_centring import MeanCentring
 from steerkit.steering.methods.mean_diff import MeanDiff
+from steerkit.steering.methods.pca import PCA
+from steerkit.steering.methods.random_direction import RandomDirection
+from steerkit.steering.methods.whitened import Whitened
 
-__all__ = ["METHODS", "MeanDiff", "Method"]
+__all__ = [
+    "LDA",
+    "METHODS",
+    "PCA",
+    "ActAdd",
+    "Logistic",
+    "MeanCentring",
+    "MeanDiff",
+    "Method",
+    "RandomDirection",
+    "Whitened",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -57,7 +57,14 @@ class Direction(Method):
         raise NotImplementedError
 
     def fit(self, model: HookedModel, pairs: Pairs, sites: Sequence[str]) -> SteeringVector:
-        fitters = {site: self.fitter(model.site(site).width) for site in sites}
+        return self.fit_with(
+            model, pairs, sites, {site: self.fitter(model.site(site).width) for site in sites}
+        )
+
+    def fit_with(
+        self, model: HookedModel, pairs: Pairs, sites: Sequence[str], fitters: Mapping[str, Fitter]
+    ) -> SteeringVector:
+        """Show the pairs to each site's fitter, and add up what they find. Raises InputError when the sides do not differ."""
         for positive, negative in read_pairs(model, pairs, sites, read=self.read):
             for site, fitter in fitters.items():
                 fitter.update(positive[site].cpu(), negative[site].cpu())

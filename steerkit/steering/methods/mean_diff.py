@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from steerkit.steering.methods.base import Direction, Fitter, register
+from steerkit.steering.methods.moments import Moments
 
 
 @register
@@ -28,13 +28,6 @@ class MeanDiff(Direction):
         return _Fitter(width)
 
 
-class _Fitter(Fitter):
-    def __init__(self, width: int) -> None:
-        self.sum, self.n = torch.zeros(width, dtype=torch.float64), 0
-
-    def update(self, positive: Tensor, negative: Tensor) -> None:
-        self.sum += (positive.double() - negative.double()).sum(0)
-        self.n += len(positive)
-
+class _Fitter(Moments, Fitter):
     def direction(self) -> Tensor:
-        return (self.sum / self.n).float()
+        return self.mean_difference.float()
