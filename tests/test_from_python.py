@@ -3,7 +3,8 @@
 import torch
 
 import sae
-from steerkit import HookedModel
+from steerkit import HookedModel, steering
+from steerkit.steering import Where, load_pairs
 
 
 def test_the_script_of_the_readme_runs(tmp_path):
@@ -41,6 +42,11 @@ def test_the_script_of_the_readme_runs(tmp_path):
     page = run.dashboard(tokens=4_000, quiet=True).save(tmp_path / "dash")
     assert page.read_text().startswith("<!doctype html>")
     assert all(torch.equal(value, before[name]) for name, value in model.model.state_dict().items())
+
+    vector = steering.fit(model, load_pairs("storyworld:mood=happy", n=32), method="mean_diff", site=site)
+    with model.steer(vector, strength=4.0, where=Where.generation_only()):
+        assert model.generate("Tom was", max_new_tokens=20, do_sample=False) != plain
+    assert model.generate("Tom was", max_new_tokens=20, do_sample=False) == plain
 
     again = sae.SAERun.load(tmp_path / "g")
     assert torch.equal(again.sae.encode(acts[site]), latents)

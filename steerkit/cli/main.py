@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from steerkit.cli import cache, convert, dashboard, demo, doctor, evaluate, inspect, sweep, train
+from steerkit.cli import cache, convert, dashboard, demo, doctor, evaluate, inspect, steer, sweep, train
 from steerkit.cli.common import command
 
 app = typer.Typer(
@@ -21,10 +21,12 @@ sweep_app = typer.Typer(
 )
 eval_app = typer.Typer(help="Evaluate on held-out text.", no_args_is_help=True, rich_markup_mode=None)
 convert_app = typer.Typer(help="Convert between file formats.", no_args_is_help=True, rich_markup_mode=None)
+steer_app = typer.Typer(help="Make and use steering vectors.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(train_app, name="train")
 app.add_typer(sweep_app, name="sweep")
 app.add_typer(eval_app, name="eval")
 app.add_typer(convert_app, name="convert")
+app.add_typer(steer_app, name="steer")
 
 app.command("doctor")(command(doctor.doctor))
 app.command("demo")(command(demo.demo))
@@ -35,6 +37,9 @@ train_app.command("sae")(command(train.train_sae))
 sweep_app.command("sae")(command(sweep.sweep_sae))
 eval_app.command("sae")(command(evaluate.eval_sae))
 convert_app.command("sae")(command(convert.convert_sae))
+steer_app.command("extract")(command(steer.extract))
+steer_app.command("apply")(command(steer.apply))
+steer_app.command("inspect")(command(steer.inspect))
 
 
 def main() -> None:

@@ -26,11 +26,7 @@ def fit(
     or setting that does not exist, SiteError for a site, and what the method says.
     """
     if isinstance(method, str):
-        if method not in METHODS:
-            raise InputError(
-                f"There is no steering method {method!r}.{did_you_mean(method, METHODS)} There are {', '.join(METHODS)}."
-            )
-        kind = METHODS[method]
+        kind = get(method)
         known = [field.name for field in fields(kind)]
         for name in settings:
             if name not in known:
@@ -50,3 +46,12 @@ def fit(
     for name in sites:
         model.site(name)
     return method.fit(model, load_pairs(pairs), sites)
+
+
+def get(name: str) -> type[Method]:
+    """The method of that name. Raises InputError when there is none."""
+    if name not in METHODS:
+        raise InputError(
+            f"There is no steering method {name!r}.{did_you_mean(name, METHODS)} There are {', '.join(METHODS)}."
+        )
+    return METHODS[name]
