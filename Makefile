@@ -12,7 +12,7 @@ demo: $(STAMP)
 	$(BIN)/steerkit demo --out demo
 
 test: .venv/.dev-installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: .venv/.dev-installed
 	$(BIN)/ruff format --check .
