@@ -7,6 +7,7 @@ with model.steer(vector, strength=4.0):
 """
 
 from steerkit.steering.edits import Add, AddMatrix, Clamp, Edit, LowRank, Project, Rotate, WeightDelta
+from steerkit.steering.features import ablate_latents, add_latents, clamp_latents
 from steerkit.steering.fitting import fit
 from steerkit.steering.methods import METHODS, Method
 from steerkit.steering.pairs import Pair, Pairs, load_pairs
@@ -34,6 +35,9 @@ __all__ = [
     "WeightDelta",
     "Where",
     "Window",
+    "ablate_latents",
+    "add_latents",
+    "clamp_latents",
     "fit",
     "load_pairs",
 ]
