@@ -25,7 +25,7 @@ def jobs(arguments: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """(name, arguments of `train sae`) of every run asked for."""
     found = []
     story = ["--model", "storyworld", "--data", "storyworld", "--site", "blocks.2.hook_resid_post"]
-    for arch, *sparsity in (["gated"], ["topk", "--k", "16"], ["sqrt_l1"], ["l1"]):
+    for arch, *sparsity in (["gated"], ["topk", "--k", "16"], ["sqrt_l1"], ["l1"], ["jumprelu"]):
         command = [*story, "--arch", arch, *sparsity, "--expansion", "8", "--tokens", "2000000"]
         found.append((f"storyworld-{arch}", command))
     if arguments.bert:

@@ -19,7 +19,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from steerkit.errors import InputError, did_you_mean
+from steerkit.errors import ColumnError, InputError, did_you_mean
 
 TEXT_COLUMNS = ("text", "sentence", "statement", "question")
 """Where the text of a table stands, if no column is named: the first of these that the table has."""
@@ -298,7 +298,7 @@ class _Lines(Sequence[str]):
 
 def _text_lines(path: Path, text_column: str | None, read: Any = None) -> Sequence[str]:
     if text_column is not None:
-        raise InputError(f"{path} is plain text and has no columns: leave out the column {text_column!r}.")
+        raise ColumnError(f"{path} is plain text and has no columns: leave out the column {text_column!r}.")
     return _Lines(path)
 
 
@@ -324,7 +324,7 @@ def _json_lines(
     def text(line: str, number: int) -> str:
         value = record(line, number)
         if column not in value:
-            raise InputError(f"{path}, line {number} has no column {column!r}; it has {', '.join(value)}.")
+            raise ColumnError(f"{path}, line {number} has no column {column!r}; it has {', '.join(value)}.")
         return (read or _as_text)(value[column], f"{path}, line {number}, column {column!r}")
 
     lines._read = text
@@ -428,7 +428,7 @@ def _column(source: str, columns: Sequence[str], wanted: str | None) -> str:
     if found is None:
         missing = f"no column {wanted!r}" if wanted else f"none of the text columns {', '.join(TEXT_COLUMNS)}"
         hint = did_you_mean(wanted, columns) if wanted else " Name one with --text-column."
-        raise InputError(f"{source} has {missing}; its columns are {', '.join(map(str, columns))}.{hint}")
+        raise ColumnError(f"{source} has {missing}; its columns are {', '.join(map(str, columns))}.{hint}")
     return found
 
 

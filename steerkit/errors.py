@@ -22,6 +22,10 @@ class SiteError(InputError):
     """A hook site that the model does not have, or that could not be verified."""
 
 
+class ColumnError(InputError):
+    """A column that a table does not have."""
+
+
 class CheckpointError(InputError):
     """A checkpoint or saved artefact that is missing, truncated or was edited."""
 

@@ -36,8 +36,8 @@ class Edit:
     name: ClassVar[str] = ""
     of_module: ClassVar[bool] = False
     """Whether the edit is of a module's output given its input, rather than of an activation at a hook site."""
-    linear: ClassVar[bool] = False
-    """Whether the change is the strength times something that does not depend on the strength."""
+    sized_by: ClassVar[str] = "vector"
+    """The tensor whose last axis is as wide as the activations."""
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors().items():
@@ -51,9 +51,9 @@ class Edit:
         raise NotImplementedError
 
     @property
-    def width(self) -> int | None:
-        """The width of the activations that it fits; None: any."""
-        return None
+    def width(self) -> int:
+        """The width of the activations that it fits."""
+        return getattr(self, self.sized_by).shape[-1]
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by their names."""
@@ -106,11 +106,6 @@ class Add(Edit):
 
     vector: Float[Tensor, " width"]
     name: ClassVar[str] = "add"
-    linear: ClassVar[bool] = True
-
-    @property
-    def width(self) -> int:
-        return self.vector.shape[-1]
 
     def apply(self, h: Tensor, s: Strength, tokens: Tokens, x: Tensor | None) -> Tensor:
         return h + s * self.vector
@@ -124,11 +119,7 @@ class AddMatrix(Edit):
     matrix: Float[Tensor, "t width"]
     start: int = 1
     name: ClassVar[str] = "add_matrix"
-    linear: ClassVar[bool] = True
-
-    @property
-    def width(self) -> int:
-        return self.matrix.shape[-1]
+    sized_by: ClassVar[str] = "matrix"
 
     def apply(self, h: Tensor, s: Strength, tokens: Tokens, x: Tensor | None) -> Tensor:
         if tokens.uniform_step is not None:
@@ -148,7 +139,7 @@ class Project(Edit):
 
     directions: Float[Tensor, "k width"]
     name: ClassVar[str] = "project"
-    linear: ClassVar[bool] = True
+    sized_by: ClassVar[str] = "directions"
 
     @classmethod
     def out(cls, site: str, directions: Float[Tensor, "k width"]) -> Project:
@@ -158,10 +149,6 @@ class Project(Edit):
         if not (r.diagonal().abs() > 1e-6 * directions.norm(dim=1).max().clamp_min(1e-30)).all():
             raise InputError(f"The directions to project out at {site} are zero or linearly dependent.")
         return cls(site, q.T.contiguous())
-
-    @property
-    def width(self) -> int:
-        return self.directions.shape[-1]
 
     def apply(self, h: Tensor, s: Strength, tokens: Tokens, x: Tensor | None) -> Tensor:
         return h - s * ((h @ self.directions.T) @ self.directions)
@@ -175,11 +162,7 @@ class Clamp(Edit):
     direction: Float[Tensor, " width"]
     value: float = 0.0
     name: ClassVar[str] = "clamp"
-    linear: ClassVar[bool] = True
-
-    @property
-    def width(self) -> int:
-        return self.direction.shape[-1]
+    sized_by: ClassVar[str] = "direction"
 
     def apply(self, h: Tensor, s: Strength, tokens: Tokens, x: Tensor | None) -> Tensor:
         unit = self.direction / self.direction.norm()
@@ -195,10 +178,7 @@ class Rotate(Edit):
     angle: float = 1.0
     """φ, in radians."""
     name: ClassVar[str] = "rotate"
-
-    @property
-    def width(self) -> int:
-        return self.plane.shape[-1]
+    sized_by: ClassVar[str] = "plane"
 
     def apply(self, h: Tensor, s: Strength, tokens: Tokens, x: Tensor | None) -> Tensor:
         turn = torch.as_tensor(s, dtype=torch.float32, device=h.device) * self.angle
@@ -221,11 +201,7 @@ class LowRank(Edit):
     """What is read, all in all: W - R for LoReFT, W for DiReFT, -R for ConsReFT, 0 for LobiReFT."""
     b: Float[Tensor, " r"]
     name: ClassVar[str] = "low_rank"
-    linear: ClassVar[bool] = True
-
-    @property
-    def width(self) -> int:
-        return self.R.shape[-1]
+    sized_by: ClassVar[str] = "R"
 
     def apply(self, h: Tensor, s: Strength, tokens: Tokens, x: Tensor | None) -> Tensor:
         return h + s * ((h @ self.W.T + self.b) @ self.R)
@@ -240,7 +216,6 @@ class WeightDelta(Edit):
     B: Float[Tensor, "d_out r"]
     name: ClassVar[str] = "weight_delta"
     of_module: ClassVar[bool] = True
-    linear: ClassVar[bool] = True
 
     @property
     def width(self) -> int:

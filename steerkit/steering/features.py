@@ -41,11 +41,7 @@ class ClampLatents(Edit):
     value: float = 0.0
     """c, in units of the latents."""
     name: ClassVar[str] = "clamp_latents"
-    linear: ClassVar[bool] = True
-
-    @property
-    def width(self) -> int:
-        return self.W_enc.shape[0]
+    sized_by: ClassVar[str] = "W_dec"
 
     def apply(self, h: Tensor, s: Strength, tokens: Tokens, x: Tensor | None) -> Tensor:
         z = torch.relu(h @ self.W_enc + self.b_enc)

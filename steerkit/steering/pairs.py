@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from steerkit.data import load_documents
-from steerkit.errors import InputError, did_you_mean
+from steerkit.errors import ColumnError, InputError, did_you_mean
 
 LAYOUTS = (
     ("prompt", "positive", "negative"),
@@ -46,7 +46,7 @@ class Pair:
 
 
 def join(prompt: str, side: str) -> str:
-    """A side after its prompt: a space between, unless one of them brings white space or the side opens a bracket's answer."""
+    """A side after its prompt: a space between, unless one of them brings white space or there is no prompt."""
     if not prompt or not side or prompt[-1].isspace() or side[0].isspace():
         return prompt + side
     return f"{prompt} {side}"
@@ -140,9 +140,8 @@ def load_pairs(spec: Any, *, n: int | None = None) -> Pairs:
         try:
             columns = [load_documents(spec, text_column=name) for name in layout if name is not None]
             break
-        except InputError as error:
-            if "no column" not in str(error):
-                raise
+        except ColumnError:
+            continue
     if columns is None:
         shown = "; ".join(", ".join(name for name in layout if name) for layout in LAYOUTS)
         raise InputError(f"{spec} has no pairs: it needs the columns of one of these layouts: {shown}.")

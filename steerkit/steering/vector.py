@@ -208,7 +208,7 @@ class SteeringVector:
         """
         for edit in self.edits:
             width = _width(model, edit)
-            if edit.width is not None and edit.width != width:
+            if edit.width != width:
                 raise InputError(
                     f"The vector is {edit.width} wide at {edit.site}, and {model.name} is {width} wide there: "
                     f"it was made for {self.provenance.get('model', 'another model')}."

@@ -183,11 +183,14 @@ def test_swapped_sides_give_the_opposite_vector_and_shuffled_ones_little(model, 
     assert float(null.norm()) < 0.5 * float(direction(model, pairs, "mean_diff").norm())
 
 
-def test_mean_centring_against_text_in_general(model, pairs, sides):
+def test_mean_centring_against_text_in_general(model, pairs, sides, tmp_path):
     from steerkit.activations import collect
 
     texts = [pair.negative for pair in pairs]
     found = direction(model, pairs, "mean_centring", baseline=texts, tokens=2000)
+    (tmp_path / "t.txt").write_text("\n".join(texts))
+    vector = steering.fit(model, pairs, "mean_centring", SITE, baseline=tmp_path / "t.txt", tokens=2000)
+    assert SteeringVector.load(vector.save(tmp_path / "v")).provenance["settings"]["baseline"] == "t.txt"
     mean = collect(model, texts, SITE, max_tokens=2000)[SITE].double().mean(0)
     torch.testing.assert_close(found, sides[0].double().mean(0) - mean, rtol=1e-4, atol=1e-4)
 

@@ -42,7 +42,7 @@ class ActAdd(Method):
                 longer, shorter = (total, matrix) if len(total) >= len(matrix) else (matrix, total)
                 sums[site] = longer.clone()
                 sums[site][: len(shorter)] += shorter
-        start = self._start(model, encode_side(model, "", pairs[0].positive)[0])
+        start = _start(model, encode_side(model, "", pairs[0].positive)[0])
         edits = tuple(AddMatrix(site, total / len(pairs), start=start) for site, total in sums.items())
         for edit in edits:
             if not edit.matrix.any():
@@ -57,12 +57,13 @@ class ActAdd(Method):
         ids = torch.tensor([row + [space] * (longest - len(row)) for row in rows])
         with torch.inference_mode():
             acts = model.run(ids, sites=sites)
-        start = self._start(model, rows[0])
+        start = _start(model, rows[0])
         return {site: (act[0] - act[1]).float().cpu()[start:].clone() for site, act in acts.items()}
 
-    def _start(self, model: HookedModel, ids: Sequence[int]) -> int:
-        """1 after a BOS token, else 0."""
-        return int(ids[0] in model.special_ids)
+
+def _start(model: HookedModel, ids: Sequence[int]) -> int:
+    """1 after a BOS token, else 0."""
+    return int(ids[0] in model.special_ids)
 
 
 def _space(model: HookedModel) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 from jaxtyping import Float
@@ -32,7 +32,7 @@ class Method:
         """What a vector's file says of where it came from."""
         return {
             "method": self.name,
-            "settings": asdict(self),
+            "settings": {field.name: getattr(self, field.name) for field in fields(self)},
             "model": model.name,
             "revision": model.revision,
             "fingerprint": model.fingerprint,

@@ -14,32 +14,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steerkit.steering.methods.base import Direction, Fitter, register
-from steerkit.steering.methods.moments import Moments, require_shrinkage
+from steerkit.steering.methods.base import register
+from steerkit.steering.methods.moments import Covariant, Moments
 
 
 @register
 @dataclass(frozen=True)
-class LDA(Direction):
+class LDA(Covariant):
     """Fisher's discriminant direction."""
 
-    shrinkage: float = 0.1
-    """λ, how far the covariance is drawn to a multiple of the identity."""
     name: ClassVar[str] = "lda"
 
-    def __post_init__(self) -> None:
-        require_shrinkage(self.shrinkage)
-
-    def fitter(self, width: int) -> Fitter:
-        return _Fitter(width, self.shrinkage)
-
-
-class _Fitter(Moments, Fitter):
-    def __init__(self, width: int, shrinkage: float) -> None:
-        super().__init__(width, of_sides=True)
-        self.shrinkage = shrinkage
-
-    def direction(self) -> Tensor:
-        difference = self.mean_difference
-        found = torch.linalg.solve(self.covariance(within=True, shrinkage=self.shrinkage), difference)
-        return (found * (difference.norm() / found.norm().clamp_min(1e-300))).float()
+    def turned(self, moments: Moments) -> Tensor:
+        return torch.linalg.solve(
+            moments.covariance(within=True, shrinkage=self.shrinkage), moments.mean_difference
+        )

@@ -1,6 +1,6 @@
 """Weights of a logistic regression between the sides.
 
-    v = argmin_v Σ_i log(1 + exp(-v · c_i)) + Σ_i log(1 + exp(-v · c_i)) + |v|² / (2 C),   c_i = (h+_i - h-_i) / 2
+    v = argmin_v 2 Σ_i log(1 + exp(-v · c_i)) + |v|² / (2 C),   c_i = (h+_i - h-_i) / 2
 
 Each pair is centred on its own mean, so that its two sides are c_i and -c_i and there is no intercept; the vector is scaled to unit
 norm. As a probing direction e.g. Li et al. 2023, https://arxiv.org/abs/2306.03341. C is scikit-learn's 1.

@@ -9,7 +9,7 @@ stand in for text in general, and v is half the mean difference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -40,9 +40,11 @@ class MeanCentring(Direction):
     def fit(self, model: HookedModel, pairs: Pairs, sites: Sequence[str]) -> SteeringVector:
         if self.baseline is None:
             return super().fit(model, pairs, sites)
-        acts = collect(model, load_documents(self.baseline), list(sites), max_tokens=self.tokens)
+        documents = load_documents(self.baseline)
+        named = replace(self, baseline=documents.name)
+        acts = collect(model, documents, list(sites), max_tokens=self.tokens)
         means = {site: acts[site].float().mean(0).cpu() for site in sites}
-        return self.fit_with(
+        return named.fit_with(
             model, pairs, sites, {site: _Against(model.site(site).width, means[site]) for site in sites}
         )
 

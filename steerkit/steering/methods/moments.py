@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from steerkit.errors import InputError
+from steerkit.steering.methods.base import Direction, Fitter
 
 
 class Moments:
@@ -53,6 +56,30 @@ class Moments:
         return (1 - shrinkage) * found + shrinkage * spread * torch.eye(len(found), dtype=torch.float64)
 
 
-def require_shrinkage(value: float) -> None:
-    if not 0 < value <= 1:
-        raise InputError(f"shrinkage is {value}; it lies above 0 and at most at 1.")
+@dataclass(frozen=True)
+class Covariant(Direction):
+    """The mean difference turned by a covariance, and as long as it was."""
+
+    shrinkage: float = 0.1
+    """λ, how far the covariance is drawn to a multiple of the identity."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shrinkage <= 1:
+            raise InputError(f"shrinkage is {self.shrinkage}; it lies above 0 and at most at 1.")
+
+    def turned(self, moments: Moments) -> Float[Tensor, " width"]:
+        """The direction, of any length."""
+        raise NotImplementedError
+
+    def fitter(self, width: int) -> Fitter:
+        return _Turned(width, self)
+
+
+class _Turned(Moments, Fitter):
+    def __init__(self, width: int, method: Covariant) -> None:
+        super().__init__(width, of_sides=True)
+        self.method = method
+
+    def direction(self) -> Float[Tensor, " width"]:
+        found = self.method.turned(self)
+        return (found * (self.mean_difference.norm() / found.norm().clamp_min(1e-300))).float()

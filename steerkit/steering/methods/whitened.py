@@ -15,33 +15,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steerkit.steering.methods.base import Direction, Fitter, register
-from steerkit.steering.methods.moments import Moments, require_shrinkage
+from steerkit.steering.methods.base import register
+from steerkit.steering.methods.moments import Covariant, Moments
 
 
 @register
 @dataclass(frozen=True)
-class Whitened(Direction):
+class Whitened(Covariant):
     """Mean difference in whitened coordinates."""
 
-    shrinkage: float = 0.1
-    """λ, how far the covariance is drawn to a multiple of the identity."""
     name: ClassVar[str] = "whitened"
 
-    def __post_init__(self) -> None:
-        require_shrinkage(self.shrinkage)
-
-    def fitter(self, width: int) -> Fitter:
-        return _Fitter(width, self.shrinkage)
-
-
-class _Fitter(Moments, Fitter):
-    def __init__(self, width: int, shrinkage: float) -> None:
-        super().__init__(width, of_sides=True)
-        self.shrinkage = shrinkage
-
-    def direction(self) -> Tensor:
-        difference = self.mean_difference
-        values, vectors = torch.linalg.eigh(self.covariance(within=False, shrinkage=self.shrinkage))
-        found = vectors @ ((vectors.T @ difference) * values.clamp_min(1e-12 * values[-1]).rsqrt())
-        return (found * (difference.norm() / found.norm().clamp_min(1e-300))).float()
+    def turned(self, moments: Moments) -> Tensor:
+        values, vectors = torch.linalg.eigh(moments.covariance(within=False, shrinkage=self.shrinkage))
+        return vectors @ (
+            (vectors.T @ moments.mean_difference) * values.clamp_min(1e-12 * values[-1]).rsqrt()
+        )
