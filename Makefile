@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
 	sed '/^torch==/d' constraints.txt > .venv/constraints.txt
-	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' >> .venv/constraints.txt
+	$(BIN)/python -W ignore -c 'import torch; print("torch==" + torch.__version__)' >> .venv/constraints.txt
 	$(BIN)/pip install --quiet -c .venv/constraints.txt -e .
 	touch $@
 

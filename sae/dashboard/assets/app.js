@@ -263,8 +263,8 @@
       return element;
     };
     return make("div", "top", make("h2", "", "Latent " + id), make("div", "facts", ...facts), make("span", "space"),
-      link("All latents", "", "Back to the table"), link("←", neighbour(id, -1), "Previous latent"),
-      link("→", neighbour(id, 1), "Next latent"));
+      make("nav", "", link("All latents", "", "Back to the table"), link("←", neighbour(id, -1), "Previous latent"),
+        link("→", neighbour(id, 1), "Next latent")));
   }
 
   const fact = (name, value) => make("span", "", name + " ", make("b", "", value));
