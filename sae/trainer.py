@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.architectures import SAE, Config, Sparsity, Step, Terms
+from sae.architectures.base import squared
 from sae.checkpoint import Checkpoints
 from sae.kernels import is_fast
 from sae.memory import choose_micro_batch
@@ -229,7 +230,7 @@ class Trainer:
         with _tensor_cores(self.config.dtype == "tf32"):
             outcome = self._gradients(x, terms)
         aim = x if target is None else target
-        variance = distributed.mean((aim - self.mean).square().sum() / len(x))
+        variance = distributed.mean(squared(aim.sub_(self.mean)) / len(x))
         self.sae.remove_parallel_gradient()
         loss, norm = float(outcome.loss), self._clip()
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -247,18 +247,13 @@ class SAE(nn.Module):
         above: Float[Tensor, " d_sae"] | float = 0.0,
     ) -> tuple[Pattern, Float[Tensor, " entries"]]:
         """Where `inputs @ W_enc + bias` exceeds `above`, and its values there."""
-        W_enc, n = self.W_enc.to(inputs.dtype), 0
-        rows, columns, values = [], [], []
-        for part in self.row_chunks(inputs):
-            pre = torch.addmm(bias.to(inputs.dtype), part, W_enc)
+        found = []
+        for first, pre in self.pre_activations(inputs, bias):
             where = (pre > above).view(-1).nonzero().squeeze(1)
-            values.append(pre.view(-1)[where])
-            rows.append(torch.div(where, self.d_sae, rounding_mode="floor").add_(n))
-            columns.append(where - (rows[-1] - n) * self.d_sae)
-            n += len(part)
-        return make_pattern(torch.cat(rows), torch.cat(columns), (n, self.d_sae), inputs.dtype), torch.cat(
-            values
-        )
+            rows = torch.div(where, self.d_sae, rounding_mode="floor")
+            found.append((rows + first, where - rows * self.d_sae, pre.view(-1)[where]))
+        rows, columns, values = (torch.cat(parts) for parts in zip(*found))
+        return make_pattern(rows, columns, (len(inputs), self.d_sae), inputs.dtype), values
 
     @torch.no_grad()
     def initialise(
@@ -353,9 +348,18 @@ class SAE(nn.Module):
         cut = torch.zeros_like(weights["b_enc"]) if self.threshold is None else self.threshold.clone()
         return {**weights, "threshold": cut}
 
+    def pre_activations(
+        self, inputs: Float[Tensor, "n d_in"], bias: Float[Tensor, " d_sae"]
+    ) -> PreActivations:
+        """`inputs @ W_enc + bias`, in parts."""
+        return PreActivations(inputs, self.W_enc.to(inputs.dtype), bias.to(inputs.dtype), self._chunk(inputs))
+
     def row_chunks(self, x: Float[Tensor, "n d_in"]) -> Iterator[Float[Tensor, "part d_in"]]:
         """Parts of a batch whose latents stay in a CPU's cache from one operation to the next; all of it elsewhere."""
-        return iter(x.split(max(64, _CACHED // self.d_sae) if x.device.type == "cpu" else len(x)))
+        return iter(x.split(self._chunk(x)))
+
+    def _chunk(self, x: Tensor) -> int:
+        return max(64, _CACHED // self.d_sae) if x.device.type == "cpu" else max(1, len(x))
 
     def latent_chunks(self, size: int = 4096) -> Iterator[slice]:
         """Slices over the latents, for work that would need too much memory at once."""
@@ -392,10 +396,40 @@ class SAE(nn.Module):
             )
 
 
+@dataclass(frozen=True)
+class PreActivations:
+    """`inputs @ weight + bias` in parts of rows: (number of the first row, the part). The next part overwrites the last one: a
+    buffer that stays in the cache, where new memory for all of it takes a CPU as long as the product. Can be gone over again."""
+
+    inputs: Float[Tensor, "n d_in"]
+    weight: Float[Tensor, "d_in d_sae"]
+    bias: Float[Tensor, " d_sae"]
+    rows: int
+    """Rows of a part."""
+
+    def __iter__(self) -> Iterator[tuple[int, Float[Tensor, "part d_sae"]]]:
+        buffer = self.inputs.new_empty(min(self.rows, len(self.inputs)), self.weight.shape[1])
+        for first in range(0, len(self.inputs), self.rows):
+            part = self.inputs[first : first + self.rows]
+            yield first, torch.mm(part, self.weight, out=buffer[: len(part)]).add_(self.bias)
+
+
+def squared(x: Tensor) -> Tensor:
+    """The sum of squares, (), without a tensor of them."""
+    return torch.linalg.vector_norm(x).square()
+
+
 def gradient(parameter: nn.Parameter) -> Tensor:
     """`.grad`, which is there after `clear_gradients`."""
     assert parameter.grad is not None
     return parameter.grad
+
+
+def set_gradient(parameter: nn.Parameter, value: Tensor) -> None:
+    """Write `value`, of whatever layout and dtype, to `.grad`: into the memory of the last step's."""
+    if parameter.grad is None:
+        parameter.grad = torch.empty_like(parameter)
+    parameter.grad.copy_(value)
 
 
 def add_product(

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.architectures.base import SAE
-from sae.architectures.topk import Entries, TopK, TopKSAE
+from sae.architectures.topk import Entries, Parts, TopK, TopKSAE
 from steerkit import distributed
 
 _MEMORY = 0.98
@@ -43,6 +43,8 @@ class BatchTopKSAE(TopKSAE):
     def __init__(self, config: TopK, d_in: int) -> None:
         super().__init__(config, d_in)
         self.register_buffer("smallest", torch.zeros(2))
+        self._usual = 0.0
+        """About what is kept starts at: where to look first, which changes nothing of what is found."""
 
     @property
     def needs_whole_batch(self) -> bool:
@@ -53,46 +55,49 @@ class BatchTopKSAE(TopKSAE):
         if self.threshold is not None:
             return pre.relu_()
         flat = pre.flatten(0, -2)
-        rows, columns, values = self._largest(flat)
+        rows, columns, values = self._largest([(0, flat)])
         return torch.zeros_like(flat).index_put_((rows, columns), values.relu()).view_as(pre)
 
-    def choose(self, pre: Float[Tensor, "n d_sae"]) -> list[Entries]:
-        rows, columns, values = self._largest(pre, shared=True)
+    def choose(self, parts: Parts) -> list[Entries]:
+        ranks = distributed.world_size()
+        rows, columns, values = self._largest(parts, ranks)
         with torch.no_grad():
-            least = distributed.smallest(values.detach().amin() if len(values) else pre.new_tensor(torch.inf))
+            least = distributed.smallest(
+                values.detach().amin() if len(values) else values.new_tensor(torch.inf)
+            )
             if least.isfinite():
+                self._usual = float(least)
                 self.smallest.mul_(_MEMORY).add_(
                     torch.stack([least, torch.ones_like(least)]).to(self.smallest)
                 )
         return [(rows, columns, values)]
 
-    def _largest(self, pre: Float[Tensor, "n d_sae"], shared: bool = False) -> Entries:
-        """The k · n largest positive entries, and what equals the last of them, in the order of rows; with `shared` of those of
-        all processes' batches together.
+    def _largest(self, parts: Parts, ranks: int = 1) -> Entries:
+        """The k · n largest positive entries, and what equals the last of them, in the order of rows; of all processes' batches
+        together, if there are several `ranks`.
 
-        Equal tokens (the first of a text, often) so have equal latents. Entries above half of the usual limit are looked at first.
+        Equal tokens (the first of a text, often) so have equal latents. Entries not far below the usual limit are looked at first.
         """
-        ranks = distributed.world_size() if shared else 1
-        wanted = self.k * len(pre) * ranks
-        values = pre.detach().reshape(-1)
-        usual = float(self.smallest[0] / self.smallest[1]) if self.smallest[1] else 0.0
-        for floor in (0.5 * usual, 0.0):
-            candidates = (values > floor).nonzero().squeeze(1)
-            n_candidates = len(candidates)
+        for floor in (0.8 * self._usual, 0.0):
+            n, found = 0, []
+            for first, pre in parts:
+                where = (pre.detach().reshape(-1) > floor).nonzero().squeeze(1)
+                found.append((where + first * self.d_sae, pre.reshape(-1)[where]))
+                n += len(pre)
+            places, values = (torch.cat(sides) for sides in zip(*found))
+            wanted, n_found = self.k * n * ranks, len(places)
             if ranks > 1:
-                n_candidates = int(distributed.add_up(torch.tensor(n_candidates, device=pre.device)))
-            if n_candidates >= wanted:
+                n_found = int(distributed.add_up(torch.tensor(n_found, device=places.device)))
+            if n_found >= wanted:
                 break
-        if n_candidates > wanted:
-            highest = values[candidates]
+        if n_found > wanted:
+            highest = values.detach()
             if ranks > 1:
-                own = min(wanted, len(highest))
-                highest = distributed.gather(highest.topk(own, sorted=False).values)
-            limit = highest.topk(wanted, sorted=False).values.amin()
-            candidates = candidates[values[candidates] >= limit]
-        rows = torch.div(candidates, self.d_sae, rounding_mode="floor")
-        columns = candidates - rows * self.d_sae
-        return rows, columns, pre[rows, columns]
+                highest = distributed.gather(highest.topk(min(wanted, len(highest)), sorted=False).values)
+            kept = (values.detach() >= highest.topk(wanted, sorted=False).values.amin()).nonzero().squeeze(1)
+            places, values = places[kept], values[kept]
+        rows = torch.div(places, self.d_sae, rounding_mode="floor")
+        return rows, places - rows * self.d_sae, values
 
     @torch.no_grad()
     def finish(self) -> None:

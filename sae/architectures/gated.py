@@ -27,6 +27,8 @@ from sae.architectures.base import (
     add_sum,
     column_counts,
     gradient,
+    set_gradient,
+    squared,
 )
 
 
@@ -111,8 +113,8 @@ class GatedSAE(SAE):
             step.counts += column_counts(active)
             error = (latents @ W_dec).to(x.dtype).sub_(centred)
             auxiliary = (gate @ W_dec).to(x.dtype).sub_(centred)
-            step.mse += error.square().sum() / n
-            step.loss += auxiliary.square().sum() / n + coefficient / n * gate.sum(dtype=x.dtype)
+            step.mse += squared(error) / n
+            step.loss += squared(auxiliary) / n + coefficient / n * gate.sum(dtype=x.dtype)
 
             error.mul_(2 / n)
             errors, auxiliaries = error.to(dtype), auxiliary.mul_(2 / n).to(dtype)
@@ -142,8 +144,8 @@ class GatedSAE(SAE):
         auxiliary = pattern.times(gate, W_dec).to(x.dtype).sub_(centred)
         step = Step.zero(self)
         step.counts += pattern.counts(active)
-        step.mse += error.square().sum() / n
-        step.loss += auxiliary.square().sum() / n + coefficient / n * gate.sum(dtype=x.dtype)
+        step.mse += squared(error) / n
+        step.loss += squared(auxiliary) / n + coefficient / n * gate.sum(dtype=x.dtype)
 
         error.mul_(2 / n)
         errors, auxiliaries = error.to(dtype), auxiliary.mul_(2 / n).to(dtype)
@@ -152,8 +154,6 @@ class GatedSAE(SAE):
         self.b_gate.grad, self.b_mag.grad = pattern.column_sums(upstream), pattern.column_sums(magnitude)
         self.r_mag.grad = pattern.column_sums(product.mul_(magnitude))
         self.W_dec.grad = pattern.transposed_times(latents, errors).to(x.dtype)
-        self.W_enc.grad = (
-            pattern.transposed_times(upstream.addcmul_(magnitude, rate), inputs).T.to(x.dtype).contiguous()
-        )
+        set_gradient(self.W_enc, pattern.transposed_times(upstream.addcmul_(magnitude, rate), inputs).T)
         self.b_dec.grad = error.sum(0)
         return step

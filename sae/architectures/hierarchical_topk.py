@@ -13,11 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jaxtyping import Float
-from torch import Tensor
-
 from sae.architectures.base import SAE
-from sae.architectures.topk import Entries, TopK, TopKSAE, flat
+from sae.architectures.topk import Entries, Parts, TopK, TopKSAE, flat
 from steerkit.errors import InputError
 
 
@@ -53,8 +50,8 @@ class HierarchicalTopKSAE(TopKSAE):
         assert config.budgets is not None
         self.budgets = config.budgets
 
-    def choose(self, pre: Float[Tensor, "n d_sae"]) -> list[Entries]:
-        values, indices = pre.topk(self.k, dim=-1)
+    def choose(self, parts: Parts) -> list[Entries]:
+        indices, values = self._strongest(parts, sorted=True)
         starts = (0, *self.budgets[:-1])
         return [flat(indices[:, i:j], values[:, i:j]) for i, j in zip(starts, self.budgets)]
 

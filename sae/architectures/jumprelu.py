@@ -25,7 +25,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae.architectures.base import SAE, Sparsity, Step, Terms, add_product, add_sum, column_counts, gradient
+from sae.architectures.base import (
+    SAE,
+    Sparsity,
+    Step,
+    Terms,
+    add_product,
+    add_sum,
+    column_counts,
+    gradient,
+    set_gradient,
+    squared,
+)
+from sae.kernels import make_pattern
 from sae.schedule import Controller, Multiplier
 from steerkit import distributed
 from steerkit.errors import InputError
@@ -156,7 +168,7 @@ class JumpReLUSAE(SAE):
             latents = pre.mul_(active)
             step.counts += column_counts(active)
             error = (latents @ W_dec).to(x.dtype).sub_(centred)
-            step.mse += error.square().sum() / n
+            step.mse += squared(error) / n
             error.mul_(2 / n)
             errors = error.to(dtype)
             asked = errors @ W_dec.T
@@ -176,21 +188,23 @@ class JumpReLUSAE(SAE):
         inputs = centred.to(dtype)
         pattern, pre = self.select(inputs, self.b_enc, above=self.threshold - half)
         above = pre - self.threshold[pattern.columns]
-        active, window = above > 0, above.abs_() < half
-        latents = pre.mul_(active)
+        inner = (above > 0).nonzero().squeeze(1)
+        window = above.abs_() < half
+        active = make_pattern(pattern.rows[inner], pattern.columns[inner], pattern.shape, dtype)
+        latents = pre[inner]
         step = Step.zero(self)
-        step.counts += pattern.counts(active)
-        error = pattern.times(latents, W_dec).to(x.dtype).sub_(centred)
-        step.mse += error.square().sum() / n
+        step.counts += active.counts()
+        error = active.times(latents, W_dec).to(x.dtype).sub_(centred)
+        step.mse += squared(error) / n
         error.mul_(2 / n)
         errors = error.to(dtype)
         asked = pattern.sample(errors, W_dec)
         self._in_window = pattern.counts(window).to(x.dtype)
-        self.threshold.grad = pattern.column_sums(asked * window).to(x.dtype)
-        upstream = asked.mul_(active)
-        self.W_dec.grad = pattern.transposed_times(latents, errors).to(x.dtype)
-        self.W_enc.grad = pattern.transposed_times(upstream, inputs).T.to(x.dtype).contiguous()
-        self.b_enc.grad, self.b_dec.grad = pattern.column_sums(upstream).to(x.dtype), error.sum(0)
+        upstream = asked[inner]
+        self.threshold.grad = pattern.column_sums(asked.mul_(window)).to(x.dtype)
+        self.W_dec.grad = active.transposed_times(latents, errors).to(x.dtype)
+        set_gradient(self.W_enc, active.transposed_times(upstream, inputs).T)
+        self.b_enc.grad, self.b_dec.grad = active.column_sums(upstream).to(x.dtype), error.sum(0)
         return step
 
 

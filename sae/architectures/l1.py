@@ -26,6 +26,8 @@ from sae.architectures.base import (
     add_sum,
     column_counts,
     gradient,
+    set_gradient,
+    squared,
 )
 
 
@@ -90,7 +92,7 @@ class ReLUSAE(SAE):
             active = latents > 0
             step.counts += column_counts(active)
             error = (latents @ W_dec).to(x.dtype).sub_(centred)
-            step.mse += error.square().sum() / n
+            step.mse += squared(error) / n
             if weight:
                 step.loss += weight * self.penalty(latents, terms).sum(dtype=x.dtype)
 
@@ -114,7 +116,7 @@ class ReLUSAE(SAE):
         error = pattern.times(latents, W_dec).to(x.dtype).sub_(centred)
         step = Step.zero(self)
         step.counts += pattern.counts()
-        step.mse += error.square().sum() / n
+        step.mse += squared(error) / n
         if weight:
             step.loss += weight * self.penalty(latents, terms).sum(dtype=x.dtype)
 
@@ -123,6 +125,6 @@ class ReLUSAE(SAE):
         upstream = pattern.sample(errors, W_dec)
         self.add_penalty_slope_(upstream, latents, weight, terms)
         self.W_dec.grad = pattern.transposed_times(latents, errors).to(x.dtype)
-        self.W_enc.grad = pattern.transposed_times(upstream, inputs).T.to(x.dtype).contiguous()
+        set_gradient(self.W_enc, pattern.transposed_times(upstream, inputs).T)
         self.b_enc.grad, self.b_dec.grad = pattern.column_sums(upstream), error.sum(0)
         return step

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from sae.architectures.base import SAE
 from sae.architectures.batch_topk import BatchTopK, BatchTopKSAE
@@ -56,7 +54,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         super().__init__(config, d_in)
         self.sizes = config.sizes()
 
-    def choose(self, pre: Float[Tensor, "n d_sae"]) -> list[Entries]:
-        [(rows, columns, values)] = super().choose(pre)
+    def choose(self, parts: Parts) -> list[Entries]:
+        [(rows, columns, values)] = super().choose(parts)
         group = torch.bucketize(columns, torch.tensor(self.sizes, device=columns.device), right=True)
         return [tuple(part[group == i] for part in (rows, columns, values)) for i in range(len(self.sizes))]  # type: ignore[misc]

@@ -12,6 +12,7 @@ The other members of the family choose other latents (`choose`), or ask that the
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae.architectures.base import SAE, Config, Step, Terms, gradient
+from sae.architectures.base import SAE, Config, Step, Terms, gradient, set_gradient, squared
 from sae.kernels import make_pattern
 from steerkit.errors import InputError
 
@@ -52,6 +53,8 @@ class TopK(Config):
 
 Entries = tuple[Int[Tensor, " entries"], Int[Tensor, " entries"], Float[Tensor, " entries"]]
 """Rows (never decreasing), columns, and values: latents that were chosen."""
+Parts = Iterable[tuple[int, Float[Tensor, "part d_sae"]]]
+"""Pre-activations in parts of rows, with the number of the first: a part may last until the next; can be gone over again."""
 
 
 class TopKSAE(SAE):
@@ -79,15 +82,20 @@ class TopKSAE(SAE):
         """The reconstruction of a token on which no latent is active."""
         return self.b_dec.expand_as(x)
 
-    def choose(self, pre: Float[Tensor, "n d_sae"]) -> list[Entries]:
+    def choose(self, parts: Parts) -> list[Entries]:
         """The latents that take part, by their pre-activations, as one group or more: what one group lacks of a reconstruction, the
         next adds, and each sum is a reconstruction in itself."""
-        values, indices = pre.topk(self.k, dim=-1, sorted=False)
-        return [flat(indices, values)]
+        return [flat(*self._strongest(parts, sorted=False))]
+
+    def _strongest(self, parts: Parts, sorted: bool) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+        """(indices, values) of the k largest of each row."""
+        found = [pre.topk(self.k, dim=-1, sorted=sorted) for _, pre in parts]
+        return torch.cat([indices for _, indices in found]), torch.cat([values for values, _ in found])
 
     def loss(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Tensor:
-        pre = self.encoded(x) @ self.W_enc + self.b_enc
-        groups = self.choose(pre)
+        inputs = self.encoded(x)
+        pre = inputs @ self.W_enc + self.b_enc
+        groups = self.choose([(0, pre)])
         aim = x if terms.target is None else terms.target
         reconstruction, error = self.without_latents(x), x.new_zeros(())
         for rows, columns, values in groups:
@@ -96,20 +104,19 @@ class TopKSAE(SAE):
             error = error + (reconstruction - aim).square().sum(-1).mean() / len(groups)
         if terms.dead is None or not self.aux_coefficient or not terms.dead.any():
             return error
-        which, chosen, weight = self._auxiliary(pre, terms.dead)
+        which, chosen, weight = self._auxiliary(inputs, terms.dead)
         left_over = (aim - reconstruction).detach() - chosen @ self.W_dec[which]
         return error + weight * left_over.square().sum(-1).mean()
 
     @torch.no_grad()
     def gradients(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Step:
         n, dtype = len(x), terms.dtype or x.dtype
-        W_enc, W_dec = self.W_enc.to(dtype), self.W_dec.to(dtype)
+        W_dec = self.W_dec.to(dtype)
         inputs = self.encoded(x).to(dtype)
         aim = x if terms.target is None else terms.target
-        pre = torch.addmm(self.b_enc.to(dtype), inputs, W_enc)
         groups = [
             (make_pattern(rows, columns, (n, self.d_sae), dtype), values.relu_())
-            for rows, columns, values in self.choose(pre)
+            for rows, columns, values in self.choose(self.pre_activations(inputs, self.b_enc))
         ]
         step = Step.zero(self)
         error = self.without_latents(x) - aim
@@ -118,36 +125,40 @@ class TopKSAE(SAE):
             error = pattern.times(values, W_dec).to(x.dtype).add_(error)
             errors.append(error)
             step.counts += pattern.counts(values > 0)
-            step.loss += error.square().sum() / (n * len(groups))
-        step.mse += error.square().sum() / n
+            step.loss += squared(error) / (n * len(groups))
+        step.mse += squared(error) / n
         step.l0 += step.counts.sum() / n
         auxiliary = None
         if terms.dead is not None and self.aux_coefficient and bool(terms.dead.any()):
-            which, chosen, weight = self._auxiliary(pre, terms.dead)
+            which, chosen, weight = self._auxiliary(inputs, terms.dead)
             left_over = (chosen @ W_dec[which]).to(x.dtype).add_(error).neg_()
-            step.loss += weight * left_over.square().sum() / n
+            step.loss += weight * squared(left_over) / n
             auxiliary = which, chosen, left_over.mul_(-2 * weight / n).to(dtype)
-        del pre
 
-        decoder, encoder = torch.zeros_like(W_dec), W_enc.new_zeros(self.d_sae, self.d_in)
-        bias = torch.zeros_like(self.b_enc)
-        asked = torch.zeros_like(aim)
+        asked = None
+        gradients = []
         for (pattern, values), error in zip(reversed(groups), reversed(errors)):
-            asked = asked.add_(
-                error, alpha=2 / (n * len(groups))
-            )  # every later reconstruction has this group in it, too
+            error.mul_(2 / (n * len(groups)))
+            # every later reconstruction has this group in it, too
+            asked = error if asked is None else asked.add_(error)
             upstream = pattern.sample(asked.to(dtype), W_dec).mul_(values > 0)
-            decoder += pattern.transposed_times(values, asked.to(dtype))
-            encoder += pattern.transposed_times(upstream, inputs)
-            bias += pattern.column_sums(upstream)
+            gradients.append(
+                (
+                    pattern.transposed_times(values, asked.to(dtype)),
+                    pattern.transposed_times(upstream, inputs),
+                    pattern.column_sums(upstream),
+                )
+            )
+        decoder, encoder, bias = (_total(parts) for parts in zip(*gradients))
         if auxiliary is not None:
             which, chosen, left = auxiliary
             decoder.index_add_(0, which, chosen.T @ left)
             upstream = (left @ W_dec[which].T).mul_(chosen != 0)
             encoder.index_add_(0, which, upstream.T @ inputs)
             bias.index_add_(0, which, upstream.sum(0, dtype=bias.dtype))
-        self.W_dec.grad, self.W_enc.grad = decoder.to(x.dtype), encoder.T.to(x.dtype).contiguous()
-        self.b_enc.grad = bias
+        self.W_dec.grad, self.b_enc.grad = decoder.to(x.dtype), bias.to(x.dtype)
+        set_gradient(self.W_enc, encoder.T)
+        assert asked is not None
         self._affine_gradients(x, asked)
         return step
 
@@ -155,10 +166,11 @@ class TopKSAE(SAE):
         """The gradients of `encoded` and `without_latents`, after those of the latents; `asked` is that of the reconstruction."""
         self.b_dec.grad = asked.sum(0) - self.W_enc @ gradient(self.b_enc)
 
-    def _auxiliary(self, pre: Tensor, dead: Tensor) -> tuple[Tensor, Tensor, float]:
+    def _auxiliary(self, inputs: Tensor, dead: Tensor) -> tuple[Tensor, Tensor, float]:
         """(indices of the dead latents, their pre-activations with all but the k_aux strongest zeroed, α·s)."""
         which = dead.nonzero().flatten()
-        chosen = pre[:, which]
+        dtype = inputs.dtype
+        chosen = torch.addmm(self.b_enc[which].to(dtype), inputs, self.W_enc[:, which].to(dtype))
         k_aux = max(self.d_in // 2, 1)
         if len(which) > k_aux:
             values, indices = chosen.topk(k_aux, dim=-1, sorted=False)
@@ -171,3 +183,11 @@ def flat(indices: Int[Tensor, "n k"], values: Float[Tensor, "n k"]) -> Entries:
     n, k = indices.shape
     rows = torch.arange(n, device=indices.device).repeat_interleave(k)
     return rows, indices.flatten(), values.flatten()
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    """Their sum, in the first of them."""
+    first, *others = parts
+    for part in others:
+        first.add_(part)
+    return first
