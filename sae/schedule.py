@@ -35,15 +35,17 @@ class TargetL0:
 
         ln λ ← ln λ + gain · clip(e) + damping · (e - e_before)
 
-    The gain is per step and set by the length of the run, so that short and long runs settle alike; an L0 that is too high by half
-    raises λ by half in about `1 / responses` of the run. λ starts small: a warm-up in itself.
+    The gain is per step and set by the length of the run, so that short and long runs settle alike. The damping is what follows
+    the drift of L0 while the learning rate falls (measured: with 1 runs end up to 7 % off, with 10 they swing). λ starts small: a
+    warm-up in itself.
     """
 
     target: float
     n_steps: int
     log_coefficient: float = math.log(0.1)
     error: float | None = None
-    responses: float = 20.0
+    responses: float = 40.0
+    damping: float = 6.0
 
     def update(self, l0: float, mse: float) -> None:
         """Take in the mean L0 of one batch."""
@@ -51,8 +53,8 @@ class TargetL0:
         if self.error is None:
             self.error = now
         smooth = 0.8 * self.error + 0.2 * now
-        gain = min(0.1, self.responses / self.n_steps)
-        self.log_coefficient += gain * max(-1.0, min(1.0, smooth)) + (smooth - self.error)
+        gain = min(0.2, self.responses / self.n_steps)
+        self.log_coefficient += gain * max(-1.0, min(1.0, smooth)) + self.damping * (smooth - self.error)
         self.log_coefficient = max(-12.0, min(8.0, self.log_coefficient))
         self.error = smooth
 

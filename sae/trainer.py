@@ -56,7 +56,8 @@ class TrainConfig:
     batch_size: int | None = None
     """Tokens a step; by default a thousandth of the run, as a power of two from 512 to 4,096."""
     lr: float | None = None
-    """Peak learning rate of Adam; by default 5e-3 · √(1000 / steps), at most 0.01: the longer the run, the smaller the steps."""
+    """Peak learning rate of Adam; by default 5 / √(d_in · d_sae), at most 0.02, times √(1000 / steps) for longer runs than 1,000
+    steps: the wider the SAE and the longer the run, the smaller the steps (measured: docs/saes.md)."""
     warmup: float = 0.05
     """Share of the run over which the learning rate rises."""
     decay: float = 0.5
@@ -96,15 +97,19 @@ class TrainConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; it is a share of the run, from 0 to 1.")
 
     def resolve(self, tokens: int) -> TrainConfig:
-        """The config of a run of so many tokens, with the defaults that depend on its length. InputError for less than a batch."""
+        """The config of a run of so many tokens, with the defaults that depend on its length; `lr` depends on the SAE, too.
+        InputError for less than a batch."""
         batch_size = self.batch_size or max(512, min(4096, 2 ** round(math.log2(max(tokens, 1) / 1000))))
         if tokens < batch_size:
             raise InputError(
                 f"{tokens} tokens are less than one batch of {batch_size}: give more, or a smaller batch_size."
             )
-        lr = self.lr or min(0.01, 5e-3 * (1000 * batch_size / tokens) ** 0.5)
         dead_after = self.dead_after or min(10_000_000, tokens // 20)
-        return replace(self, batch_size=batch_size, lr=lr, dead_after=dead_after)
+        return replace(self, batch_size=batch_size, dead_after=dead_after)
+
+    def peak_lr(self, d_in: int, d_sae: int, n_steps: int) -> float:
+        """`lr`, or its default."""
+        return self.lr or min(0.02, 5 / math.sqrt(d_in * d_sae)) * min(1.0, math.sqrt(1000 / n_steps))
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -154,16 +159,16 @@ class Trainer:
     ) -> None:
         config = config.resolve(tokens)
         assert config.batch_size is not None
-        assert config.lr is not None
         assert config.dead_after is not None
         self.arch, self.site, self.config, self.device = arch, site, config, device
-        self.batch_size, self.lr, self.dead_after = config.batch_size, config.lr, config.dead_after
+        self.batch_size, self.dead_after = config.batch_size, config.dead_after
         self.scale = statistics.scale
         self.target_scale = self.scale if target is None else target.scale
         aim = statistics if target is None else target
         self.mean = (aim.mean * aim.scale).to(device, config.weight_dtype)
         self.n_steps = tokens // self.batch_size
         self.sae = arch.build(len(statistics.mean)).to(device, config.weight_dtype)
+        self.lr = config.peak_lr(self.sae.d_in, arch.d_sae, self.n_steps)
         share = distributed.share(self.batch_size)
         if config.micro_batch == "auto":
             size, dtype = share.stop - share.start, config.product_dtype

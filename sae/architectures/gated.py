@@ -77,7 +77,7 @@ class GatedSAE(SAE):
     def set_density(self, x: Float[Tensor, "n d_in"], latents: Tensor | slice = slice(None)) -> None:
         assert isinstance(self.config, Sparsity)
         self.b_gate[latents] = -self.upper_quantile(x, self.config.initial_density, latents)
-        self.b_mag[latents] = 0.0
+        self.b_mag[latents] = self.b_gate[latents]
         self.r_mag[latents] = 0.0
 
     def loss(self, x: Float[Tensor, "n d_in"], terms: Terms) -> Tensor:
