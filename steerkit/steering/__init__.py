@@ -7,10 +7,13 @@ with model.steer(vector, strength=4.0):
 """
 
 from steerkit.steering.edits import Add, AddMatrix, Clamp, Edit, LowRank, Project, Rotate, WeightDelta
+from steerkit.steering.effects import Effect, Scored, StoryAttribute, Words
+from steerkit.steering.evaluation import Bench, Measurement
 from steerkit.steering.features import ablate_latents, add_latents, clamp_latents
 from steerkit.steering.fitting import fit
 from steerkit.steering.methods import METHODS, Method
 from steerkit.steering.pairs import Pair, Pairs, load_pairs
+from steerkit.steering.story_prompts import story_prompts
 from steerkit.steering.vector import Condition, SteeringVector
 from steerkit.steering.where import Constant, Custom, Decay, Tokens, Where, Window
 
@@ -18,26 +21,33 @@ __all__ = [
     "METHODS",
     "Add",
     "AddMatrix",
+    "Bench",
     "Clamp",
     "Condition",
     "Constant",
     "Custom",
     "Decay",
     "Edit",
+    "Effect",
     "LowRank",
+    "Measurement",
     "Method",
     "Pair",
     "Pairs",
     "Project",
     "Rotate",
+    "Scored",
     "SteeringVector",
+    "StoryAttribute",
     "Tokens",
     "WeightDelta",
     "Where",
     "Window",
+    "Words",
     "ablate_latents",
     "add_latents",
     "clamp_latents",
     "fit",
     "load_pairs",
+    "story_prompts",
 ]
