@@ -39,7 +39,8 @@ from steerkit.sites import ALIASES, ActivationHook, Site, attach, first_tensor, 
 class Steerable(Protocol):
     """What can be applied to a model: a `steerkit.steering.SteeringVector`."""
 
-    def applied_to(self, model: HookedModel, **options: Any) -> AbstractContextManager[None]: ...
+    @property
+    def applied_to(self) -> Callable[..., AbstractContextManager[None]]: ...
 
 
 class HookedModel:
@@ -153,6 +154,15 @@ class HookedModel:
         if not site.verified:
             raise SiteError(f"Site {name!r} of {self.name} is refused: {site.reason}.")
         return site
+
+    def linear_modules(self) -> dict[str, int]:
+        """Path -> layer of the linear modules inside the blocks: what low-rank weight changes act on."""
+        found = {}
+        for path, site in self._backend.raw.items():
+            weight = getattr(self.model.get_submodule(path), "weight", None)
+            if site.layer is not None and site.verified and isinstance(weight, Tensor) and weight.dim() == 2:
+                found[path] = site.layer
+        return found
 
     def _find_site(self, name: str) -> Site | None:
         for alias, canonical in ALIASES.items():

@@ -2,12 +2,15 @@
 
 from steerkit.steering.methods.act_add import ActAdd
 from steerkit.steering.methods.base import METHODS, Method
+from steerkit.steering.methods.bipo import BiPO
 from steerkit.steering.methods.lda import LDA
 from steerkit.steering.methods.logistic import Logistic
 from steerkit.steering.methods.mean_centring import MeanCentring
 from steerkit.steering.methods.mean_diff import MeanDiff
 from steerkit.steering.methods.pca import PCA
 from steerkit.steering.methods.random_direction import RandomDirection
+from steerkit.steering.methods.reft import ReFT
+from steerkit.steering.methods.weight_arithmetic import WeightArithmetic
 from steerkit.steering.methods.whitened import Whitened
 
 __all__ = [
@@ -15,10 +18,13 @@ __all__ = [
     "METHODS",
     "PCA",
     "ActAdd",
+    "BiPO",
     "Logistic",
     "MeanCentring",
     "MeanDiff",
     "Method",
     "RandomDirection",
+    "ReFT",
+    "WeightArithmetic",
     "Whitened",
 ]

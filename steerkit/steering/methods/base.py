@@ -23,6 +23,8 @@ class Method:
     name: ClassVar[str] = ""
     needs_lm_head: ClassVar[bool] = False
     """Whether it trains or scores with next-token logits."""
+    of_sites: ClassVar[bool] = True
+    """Whether it acts at the sites it is given, rather than on weights."""
 
     def fit(self, model: HookedModel, pairs: Pairs, sites: Sequence[str]) -> SteeringVector:
         """The vector, with provenance."""

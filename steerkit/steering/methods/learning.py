@@ -1,0 +1,156 @@
+"""What trained steering methods share: pairs as examples, and the training of an edit's tensors through the steered model.
+
+The model is frozen; what is trained are tensors inside a `SteeringVector` that is made anew for every forward, so that gradients
+reach them through `model.steer`. Of a pair only what follows the tokens that its sides have in common is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from steerkit import finetune
+from steerkit.errors import InputError
+from steerkit.finetune import DRRho, Example, OptimiseConfig, Reduction
+from steerkit.models import HookedModel
+from steerkit.steering.methods.base import Method
+from steerkit.steering.pairs import Pairs
+from steerkit.steering.reading import encode_side
+from steerkit.steering.vector import SteeringVector, Strengths
+from steerkit.steering.where import Where
+
+Make = Callable[[], SteeringVector]
+
+
+@dataclass(frozen=True)
+class PairExample:
+    """Both sides of a pair; their `start` is where they begin to differ."""
+
+    positive: Example
+    negative: Example
+
+    def __len__(self) -> int:
+        return max(len(self.positive), len(self.negative))
+
+
+def encode_pairs(model: HookedModel, pairs: Pairs) -> list[PairExample]:
+    """Pairs as examples. Raises InputError for sides that are too long, or of which one is the beginning of the other."""
+    found = []
+    for i, pair in enumerate(pairs):
+        (positive, start), (negative, _) = (
+            encode_side(model, pair.prompt, side) for side in (pair.positive, pair.negative)
+        )
+        same = next((j for j, (a, b) in enumerate(zip(positive, negative)) if a != b), None)
+        if same is None:
+            raise InputError(
+                f"One side of pair {i} of {pairs.name} is the beginning of the other: there is nothing to tell them apart by."
+            )
+        start = max(1, start, same)
+        found.append(PairExample(Example(positive, start), Example(negative, start)))
+    return found
+
+
+def preference(
+    model: HookedModel,
+    make: Make,
+    batch: Sequence[PairExample],
+    *,
+    beta: float,
+    signs: Tensor | None = None,
+    where: Where | None = None,
+) -> Tensor:
+    """-log σ(β s Δ), mean over pairs; Δ = log π(y+)/π(y-) - log π_ref(y+)/π_ref(y-), `signs` s of ±1 for each pair or all +1.
+
+    Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, bidirectional as in Cao et al. 2024. The examples carry π_ref.
+    """
+    examples = [e.positive for e in batch] + [e.negative for e in batch]
+    strength = torch.ones(len(batch)) if signs is None else signs
+    found = steered_log_probs(model, make(), examples, torch.cat([strength, strength]), where)
+    positive, negative = found.chunk(2)
+    reference = torch.tensor([e.positive.reference - e.negative.reference for e in batch]).to(found)
+    margin = beta * strength.to(found) * (positive - negative - reference)
+    return -torch.nn.functional.logsigmoid(margin).mean()
+
+
+def steered_log_probs(
+    model: HookedModel,
+    vector: SteeringVector,
+    examples: Sequence[Example],
+    strength: Strengths = 1.0,
+    where: Where | None = None,
+) -> Tensor:
+    """Log-probability of each example's tokens from `start` on, what comes before being the prompt; (batch,)."""
+    lengths = torch.tensor([e.start for e in examples])
+    with model.steer(vector, strength=strength, where=where, prompt_lengths=lengths):
+        return finetune.log_probs(model, examples)
+
+
+def steered_cross_entropy(
+    model: HookedModel,
+    vector: SteeringVector,
+    examples: Sequence[Example],
+    reduction: Reduction = finetune.mean,
+) -> Tensor:
+    """`finetune.cross_entropy` of the steered model, what comes before `start` being the prompt."""
+    lengths = torch.tensor([e.start for e in examples])
+    with model.steer(vector, prompt_lengths=lengths):
+        return finetune.cross_entropy(model, examples, reduction)
+
+
+def with_references(model: HookedModel, examples: Sequence[PairExample]) -> list[PairExample]:
+    """The pairs with both sides' log-probabilities under the model as it is: once, not at every step."""
+    sides = finetune.with_reference(model, [s for e in examples for s in (e.positive, e.negative)])
+    return [PairExample(p, n) for p, n in zip(sides[::2], sides[1::2])]
+
+
+@dataclass(frozen=True)
+class Trained(Method):
+    """A method that trains what it puts into the model."""
+
+    training: OptimiseConfig = field(default_factory=OptimiseConfig)
+    """Learning rate, epochs, batch size …"""
+    quiet: bool = True
+    """False: show progress on stderr."""
+
+    needs_lm_head: ClassVar[bool] = True
+
+    def provenance(self, model: HookedModel, pairs: Pairs, sites: Sequence[str]) -> dict[str, Any]:
+        found = super().provenance(model, pairs, sites)
+        settings = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("quiet", "training")
+        }
+        config = {f.name: getattr(self.training, f.name) for f in fields(self.training)}
+        return {**found, "settings": {**settings, "training": config}, "seed": self.training.seed}
+
+    def with_training(self, **settings: Any) -> Trained:
+        """A copy with other settings of the loop."""
+        return replace(self, training=replace(self.training, **settings))
+
+
+def detached(vector: SteeringVector) -> SteeringVector:
+    """The trained vector as a value: copies on the CPU, float32, out of the graph."""
+    edits = []
+    for edit in vector.edits:
+        tensors: dict[str, Any] = {
+            name: tensor.detach().cpu().float().clone() for name, tensor in edit.tensors().items()
+        }
+        edits.append(replace(edit, **tensors))
+    return replace(vector, edits=tuple(edits))
+
+
+__all__ = [
+    "DRRho",
+    "Make",
+    "PairExample",
+    "Trained",
+    "detached",
+    "encode_pairs",
+    "preference",
+    "steered_cross_entropy",
+    "steered_log_probs",
+    "with_references",
+]

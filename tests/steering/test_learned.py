@@ -1,0 +1,245 @@
+"""Trained steering methods: they learn what they should, and leave nothing behind."""
+
+import math
+
+import pytest
+import torch
+
+from steerkit import HookedModel, steering
+from steerkit.errors import InputError, NumericsError
+from steerkit.finetune import (
+    DRRho,
+    Example,
+    OptimiseConfig,
+    all_log_probs,
+    cross_entropy,
+    encode_texts,
+    frozen,
+    log_probs,
+    optimise,
+    with_reference,
+)
+from steerkit.steering.methods.learning import encode_pairs, preference, steered_log_probs, with_references
+from steerkit.steering.methods.reft import KINDS, _Part, orthonormal
+
+SITE = "blocks.2.hook_resid_post"
+QUICK = OptimiseConfig(lr=0.02, epochs=1, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def storyworld():
+    return HookedModel.from_pretrained("storyworld")
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return steering.load_pairs("storyworld:mood=happy", n=64)
+
+
+def mean_gap(model, pairs, vector, strength):
+    """Mean over pairs of log p(positive) - log p(negative), from where they differ."""
+    examples = encode_pairs(model, pairs)
+    sides = [e.positive for e in examples] + [e.negative for e in examples]
+    with torch.inference_mode():
+        found = steered_log_probs(model, vector, sides, strength)
+    positive, negative = found.chunk(2)
+    return float((positive - negative).mean())
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("bipo", {"training": OptimiseConfig(lr=0.1, epochs=4, batch_size=8)}),
+        ("reft", {"training": QUICK}),
+        ("reft", {"training": QUICK, "objective": "preference", "kind": "direft"}),
+        ("weight_arithmetic", {"training": OptimiseConfig(lr=2e-3, epochs=1, batch_size=8), "rank": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.get("objective", ""),
+)
+def test_training_moves_held_out_pairs_both_ways(storyworld, pairs, method, settings):
+    before = {name: value.clone() for name, value in storyworld.model.state_dict().items()}
+    flags = [p.requires_grad for p in storyworld.model.parameters()]
+    vector = steering.fit(storyworld, pairs[:48], method=method, site=SITE, **settings)
+    test = pairs[48:]
+    base, up = (mean_gap(storyworld, test, vector, s) for s in (0.0, 1.0))
+    assert up > base + 0.2
+    if method in ("bipo", "weight_arithmetic"):
+        assert mean_gap(storyworld, test, vector, -1.0) < base - 0.1
+    assert all(torch.equal(before[name], value) for name, value in storyworld.model.state_dict().items())
+    assert [p.requires_grad for p in storyworld.model.parameters()] == flags
+    assert not any(tensor.requires_grad for edit in vector.edits for tensor in edit.tensors().values())
+    assert vector.provenance["settings"]["training"]["batch_size"] == 8
+
+
+def test_the_preference_loss_is_its_equation(storyworld, pairs):
+    examples = with_references(storyworld, encode_pairs(storyworld, pairs[:6]))
+    width = storyworld.site(SITE).width
+    vector = steering.SteeringVector.add(
+        {SITE: torch.randn(width, generator=torch.Generator().manual_seed(0))}
+    )
+    signs = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0])
+    with torch.inference_mode():
+        found = preference(storyworld, lambda: vector, examples, beta=0.3, signs=signs)
+        by_hand = []
+        for example, sign in zip(examples, signs.tolist()):
+            sides = []
+            for side in (example.positive, example.negative):
+                ids = torch.tensor([side.ids])
+                base = storyworld.logits(ids).log_softmax(-1)
+                with storyworld.steer(vector, strength=sign):
+                    steered = storyworld.logits(ids).log_softmax(-1)
+                places = range(side.start, len(side.ids))
+                sides.append(
+                    sum(float(steered[0, i - 1, side.ids[i]] - base[0, i - 1, side.ids[i]]) for i in places)
+                )
+            by_hand.append(-math.log(1 / (1 + math.exp(-0.3 * sign * (sides[0] - sides[1])))))
+    assert float(found) == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reft_parts_are_their_equations(kind):
+    generator = torch.Generator().manual_seed(0)
+    part = _Part(kind, 3, 16, generator)
+    with torch.no_grad():
+        for tensor in (part.R, part.b, *([part.W] * part.W.requires_grad)):
+            tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
+        R, read, b = part()
+        h = torch.randn(5, 16, generator=generator)
+        edited = steering.LowRank("site", R, read, b).apply(h[None], 1.0, None, None)[0]
+        if kind in ("loreft", "consreft", "lobireft"):
+            torch.testing.assert_close(R @ R.T, torch.eye(3), atol=1e-5, rtol=0)
+        wanted = {
+            "loreft": h + (h @ part.W.T + b - h @ R.T) @ R,
+            "noreft": h + (h @ part.W.T + b - h @ R.T) @ R,
+            "direft": h + (h @ part.W.T + b) @ R,
+            "consreft": h + (b - h @ R.T) @ R,
+            "lobireft": h + b @ R,
+        }[kind]
+        torch.testing.assert_close(edited, wanted)
+
+
+def test_reft_starts_as_the_identity_but_for_consreft():
+    h = torch.randn(1, 4, 16)
+    for kind in KINDS:
+        with torch.no_grad():
+            edit = steering.LowRank("site", *_Part(kind, 2, 16, torch.Generator().manual_seed(1))())
+        same = torch.allclose(edit.apply(h, 1.0, None, None), h, atol=1e-6)
+        assert same == (kind != "consreft")
+
+
+def test_orthonormal_keeps_what_is_orthonormal():
+    rows = torch.linalg.qr(torch.randn(16, 4)).Q.T
+    torch.testing.assert_close(orthonormal(rows), rows)
+
+
+def test_log_probs_count_from_the_start_and_no_pads(storyworld):
+    ids = [
+        tuple(storyworld.tokenizer(text)["input_ids"])
+        for text in ("Anna is happy.", "The fox is in the garden.")
+    ]
+    examples = [Example(ids[0], 2), Example(ids[1], 1)]
+    with torch.inference_mode():
+        together = log_probs(storyworld, examples)
+        for example, found in zip(examples, together):
+            logits = storyworld.logits(torch.tensor([example.ids])).log_softmax(-1)
+            by_hand = sum(float(logits[0, i - 1, example.ids[i]]) for i in range(example.start, len(example)))
+            assert float(found) == pytest.approx(by_hand, rel=1e-4)
+    torch.testing.assert_close(all_log_probs(storyworld, examples, batch_tokens=1), together.cpu())
+
+
+def test_weight_arithmetic_is_a_difference_of_fine_tunes(storyworld, pairs):
+    training = OptimiseConfig(lr=2e-3, epochs=0.5, batch_size=8)
+    both = steering.fit(storyworld, pairs[:16], method="weight_arithmetic", rank=2, training=training)
+    positive = steering.fit(
+        storyworld, pairs[:16], method="weight_arithmetic", rank=2, training=training, contrast=False
+    )
+    negative = steering.fit(
+        storyworld,
+        pairs[:16].swapped(),
+        method="weight_arithmetic",
+        rank=2,
+        training=training,
+        contrast=False,
+    )
+    for joint, plus, minus in zip(both.edits, positive.edits, negative.edits):
+        torch.testing.assert_close(
+            joint.B @ joint.A, plus.B @ plus.A - minus.B @ minus.A, atol=1e-5, rtol=1e-3
+        )
+    assert (positive - negative).cosine(both) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_drrho_weights_are_their_equation_and_the_plain_mean_in_the_limit(storyworld):
+    examples = with_reference(
+        storyworld, encode_texts(storyworld, ["Anna is happy.", "Tom is in the garden."])
+    )
+    losses = torch.tensor([2.0, 1.0], requires_grad=True)
+    reference = torch.tensor([-e.reference / (len(e) - 1) for e in examples])
+    weigh = DRRho(tau=0.5, gamma=0.25)
+    excess = (losses.detach() - reference) / 0.5
+    torch.testing.assert_close(weigh.weights(losses, examples), 2 * excess.softmax(0))
+    later = torch.tensor([0.5, 3.0])
+    u = 0.75 * excess.exp().mean() + 0.25 * ((later - reference) / 0.5).exp().mean()
+    torch.testing.assert_close(weigh.weights(later, examples), ((later - reference) / 0.5).exp() / u)
+    torch.testing.assert_close(DRRho(tau=1e6)(losses, examples), losses.mean(), rtol=1e-4, atol=0)
+    DRRho(tau=0.5)(losses, examples).backward()
+    torch.testing.assert_close(losses.grad, excess.softmax(0))  # no gradient through the weights
+    with pytest.raises(InputError, match="log-probability under a reference model"):
+        DRRho()(losses, [Example((1, 2, 3)), Example((1, 2, 3))])
+    with pytest.raises(InputError, match="tau"):
+        DRRho(tau=0.0)
+
+
+def test_the_loop_refuses_what_it_cannot_do(storyworld, pairs):
+    v = torch.zeros(2, requires_grad=True)
+    with pytest.raises(InputError, match="no examples"):
+        optimise([v], [], lambda batch: v.sum(), OptimiseConfig())
+    examples = [Example((1, 2, 3))] * 4
+    with pytest.raises(NumericsError, match="loss is nan at step 0"):
+        optimise([v], examples, lambda batch: (v / 0.0).sum() * 0.0, OptimiseConfig())
+    assert torch.equal(v.detach(), torch.zeros(2))
+    for settings in ({"lr": 0.0}, {"epochs": -1}, {"schedule": "steep"}, {"warmup": 2.0}):
+        with pytest.raises(InputError, match=next(iter(settings))):
+            OptimiseConfig(**settings)
+    with pytest.raises(InputError, match="kind is 'lora'"):
+        steering.fit(storyworld, pairs, method="reft", kind="lora")
+    with pytest.raises(InputError, match="beginning of the other"):
+        steering.fit(storyworld, [("Anna is", "Anna is happy")], method="bipo")
+    with pytest.raises(InputError, match="rank is 1000"):
+        steering.fit(storyworld, pairs[:4], method="reft", rank=1000)
+
+
+def test_the_loop_sees_every_example_once_an_epoch_and_is_determined_by_the_seed():
+    seen = []
+    examples = [Example((1,) * (2 + i % 5)) for i in range(23)]
+    v = torch.zeros(1, requires_grad=True)
+
+    def loss(batch):
+        seen.extend(id(e) for e in batch)
+        return (v - len(batch)).square().sum()
+
+    optimise([v], examples, loss, OptimiseConfig(epochs=1, batch_size=5))
+    assert sorted(seen) == sorted(map(id, examples))
+    first, seen = seen, []
+    optimise([v], examples, loss, OptimiseConfig(epochs=1, batch_size=5))
+    assert seen == first
+
+
+def test_frozen_gives_flags_and_modes_back_after_an_error(storyworld):
+    parameter = next(storyworld.model.parameters())
+    storyworld.model.train()
+    with pytest.raises(InputError), frozen(storyworld):
+        encode_texts(storyworld, [""])
+    with frozen(storyworld):
+        assert not parameter.requires_grad
+        assert not storyworld.model.training
+    assert parameter.requires_grad
+    assert storyworld.model.training
+    storyworld.model.eval()
+
+
+def test_cross_entropy_is_nats_a_counted_token(storyworld):
+    examples = encode_texts(storyworld, ["Anna is happy.", "Tom is in the big garden."])
+    with torch.inference_mode():
+        found = cross_entropy(storyworld, examples)
+        by_hand = [-float(p) / (len(e) - 1) for p, e in zip(log_probs(storyworld, examples), examples)]
+    assert float(found) == pytest.approx(sum(by_hand) / 2, rel=1e-5)
