@@ -11,8 +11,11 @@ from steerkit.steering.effects import Effect, Scored, StoryAttribute, Words
 from steerkit.steering.evaluation import Bench, Measurement
 from steerkit.steering.features import ablate_latents, add_latents, clamp_latents
 from steerkit.steering.fitting import fit
+from steerkit.steering.formats import export, from_repeng, from_steering_vectors, load_any
+from steerkit.steering.merging import Merged, merge
 from steerkit.steering.methods import METHODS, Method
 from steerkit.steering.pairs import Pair, Pairs, load_pairs
+from steerkit.steering.propensity import Propensity
 from steerkit.steering.story_prompts import story_prompts
 from steerkit.steering.vector import Condition, SteeringVector
 from steerkit.steering.where import Constant, Custom, Decay, Tokens, Where, Window
@@ -31,10 +34,12 @@ __all__ = [
     "Effect",
     "LowRank",
     "Measurement",
+    "Merged",
     "Method",
     "Pair",
     "Pairs",
     "Project",
+    "Propensity",
     "Rotate",
     "Scored",
     "SteeringVector",
@@ -47,7 +52,12 @@ __all__ = [
     "ablate_latents",
     "add_latents",
     "clamp_latents",
+    "export",
     "fit",
+    "from_repeng",
+    "from_steering_vectors",
+    "load_any",
     "load_pairs",
+    "merge",
     "story_prompts",
 ]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -30,7 +30,17 @@ from steerkit.runs import jsonable
 from steerkit.stats import Interval, Statistic, bootstrap, group_sums
 from steerkit.steering.effects import Effect, StoryAttribute, apply_effect
 from steerkit.steering.pairs import join
-from steerkit.steering.sampling import Changed, Divergence, Ids, Samples, divergence, encode_prompts, sample
+from steerkit.steering.propensity import QUANTITIES, Preferences, Propensity
+from steerkit.steering.sampling import (
+    Changed,
+    Divergence,
+    Ids,
+    Samples,
+    divergence,
+    encode_prompts,
+    sample,
+    unchanged,
+)
 from steerkit.steering.story import READ, StoryTally, speaks_storyworld, tally
 from steerkit.steering.vector import SteeringVector
 from steerkit.steering.where import Where
@@ -55,11 +65,13 @@ class Measurement:
     """What a change of the model does to the texts it writes. Intervals without a value are NaN."""
 
     effect: Interval
-    """Mean of the effect over the samples where it is known."""
+    """Mean of the effect over the samples where it is known; of a propensity, over its pairs."""
     effect_base: Interval
     """The same of the unsteered model."""
+    change: Interval
+    """effect - effect_base, prompt by prompt."""
     known: float
-    """Share of the samples where it is known."""
+    """Share of the samples (of a propensity: of the pairs) where it is known."""
     kl: Interval
     """KL(steered ‖ base) in nats a sequence."""
     kl_per_token: Interval
@@ -80,6 +92,8 @@ class Measurement:
     """StoryWorld: share of the finished sentences that are grammatical."""
     side_effects: dict[str, SideEffect]
     """StoryWorld: every attribute but that of the effect."""
+    propensity: dict[str, Interval]
+    """Of a `Propensity`: preferred, log_odds, log_prob, each the mean over pairs."""
     destroyed: str | None
     """Why the model can be said to be broken (NaN or inf, nothing but repetition); None: it is not."""
     n: int
@@ -95,9 +109,9 @@ class Measurement:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the same keys whatever the method; null where there is no value.
 
-        effect, effect_ci, effect_base, known; kl, kl_ci (nats a sequence), kl_per_token, kl_p95, floor, cost; perplexity_ratio,
-        repetition, repetition_base, distinct_2, distinct_2_base, grammaticality, grammaticality_base; side_effects: {attribute:
-        {tv, tv_ci, null}}; destroyed; n, n_prompts, n_tokens.
+        effect, effect_ci, effect_base, change, change_ci, known; kl, kl_ci (nats a sequence), kl_per_token, kl_p95, floor, cost;
+        perplexity_ratio, repetition, repetition_base, distinct_2, distinct_2_base, grammaticality, grammaticality_base;
+        side_effects: {attribute: {tv, tv_ci, null}}; propensity: {quantity: {estimate, ci}}; destroyed; n, n_prompts, n_tokens.
         """
         base = self.base or self
         return jsonable(
@@ -105,6 +119,8 @@ class Measurement:
                 "effect": self.effect.estimate,
                 "effect_ci": _ends(self.effect),
                 "effect_base": self.effect_base.estimate,
+                "change": self.change.estimate,
+                "change_ci": _ends(self.change),
                 "known": self.known,
                 "kl": self.kl.estimate,
                 "kl_ci": _ends(self.kl),
@@ -123,6 +139,10 @@ class Measurement:
                     name: {"tv": found.tv.estimate, "tv_ci": _ends(found.tv), "null": found.null}
                     for name, found in self.side_effects.items()
                 },
+                "propensity": {
+                    name: {"estimate": found.estimate, "ci": _ends(found)}
+                    for name, found in self.propensity.items()
+                },
                 "destroyed": self.destroyed,
                 "n": self.n,
                 "n_prompts": self.n_prompts,
@@ -138,7 +158,7 @@ class Bench:
         self,
         model: HookedModel,
         prompts: Sequence[str],
-        effect: Effect,
+        effect: Effect | Propensity,
         max_new_tokens: int = 40,
         samples: int = 4,
         temperature: float = 1.0,
@@ -148,11 +168,8 @@ class Bench:
         """Raises InputError for no prompts, a blank effect, settings that are not positive, or a model that can't be sampled."""
         if isinstance(prompts, str) or not len(prompts):
             raise InputError("A bench needs a list of at least one prompt.")
-        if (
-            not callable(effect)
-            or not str(getattr(effect, "name", "")).strip()
-            or not hasattr(effect, "binary")
-        ):
+        usable = isinstance(effect, Propensity) or (callable(effect) and hasattr(effect, "binary"))
+        if not usable or not str(getattr(effect, "name", "")).strip():
             raise InputError(
                 f"The effect is {effect!r}: give one with a name, such as Words({{'happy'}}), or Scored(name, function)."
             )
@@ -203,7 +220,7 @@ class Bench:
         """Prompting: the same model with `prefix` before each prompt, against the model with the bare prompt."""
         if not prefix.strip():
             raise InputError("The prefix is blank.")
-        return self._measured(_unchanged, [join(prefix, prompt) for prompt in self.prompts])
+        return self._measured(unchanged, prefix)
 
     def __repr__(self) -> str:
         return (
@@ -213,15 +230,15 @@ class Bench:
 
     @cached_property
     def _base(self) -> _Tally:
-        return self._tally(_unchanged)
+        return self._tally(unchanged)
 
-    def _measured(self, changed: Changed, prompts: Sequence[str] | None = None) -> Measurement:
-        return self._figures(self._tally(changed, prompts), self._base)
+    def _measured(self, changed: Changed, prefix: str = "") -> Measurement:
+        return self._figures(self._tally(changed, prefix), self._base)
 
-    def _tally(self, changed: Changed, prompts: Sequence[str] | None = None) -> _Tally:
+    def _tally(self, changed: Changed, prefix: str = "") -> _Tally:
         drawn = sample(
             self.model,
-            self._ids if prompts is None else encode_prompts(self.model, prompts),
+            encode_prompts(self.model, [join(prefix, p) for p in self.prompts]) if prefix else self._ids,
             changed,
             samples=self.samples,
             max_new_tokens=self.max_new_tokens,
@@ -231,13 +248,24 @@ class Bench:
         )
         bare = [self._ids[i] for i in drawn.prompt_index]
         scores = divergence(self.model, drawn, changed, base_prompts=bare, batch_size=self.batch_size)
-        return self._counted(drawn, bare, scores)
+        preferences = None
+        if isinstance(self.effect, Propensity):
+            preferences = self.effect.measure(self.model, changed, prefix=prefix, batch_size=self.batch_size)
+        return self._counted(drawn, bare, scores, preferences)
 
-    def _counted(self, drawn: Samples, bare: Sequence[Ids], scores: Divergence) -> _Tally:
+    def _counted(
+        self, drawn: Samples, bare: Sequence[Ids], scores: Divergence, preferences: Preferences | None
+    ) -> _Tally:
         group = self._group[drawn.prompt_index]
         prompts = [self.prompts[i] for i in drawn.prompt_index]
         texts = [self._text(before, new) for before, new in zip(bare, drawn.new)]
-        known = apply_effect(self.effect, prompts, texts)
+        if isinstance(self.effect, Propensity):
+            assert preferences is not None
+            wanted = {name: _known_sums(preferences.values(name), preferences.group) for name in QUANTITIES}
+            effect, n_effects = wanted[self.effect.quantity], len(preferences.group)
+        else:
+            wanted, n_effects = {}, len(group)
+            effect = _known_sums(apply_effect(self.effect, prompts, texts), group)
         tokens = group[scores.row]
         rows = [[i for i in new if i not in self.model.special_ids] for new in drawn.new]
         by_prompt: dict[int, list[Sequence[int]]] = {}
@@ -247,7 +275,9 @@ class Bench:
         return _Tally(
             texts=tuple(zip(prompts, texts)),
             n_broken=len(broken),
-            effect=group_sums(np.stack([np.nan_to_num(known), np.isfinite(known)], 1), group),
+            effect=effect,
+            n_effects=n_effects,
+            propensity=wanted,
             n=group_sums(np.ones((len(group), 1)), group),
             token_kl=scores.kl,
             token_group=tokens,
@@ -272,6 +302,8 @@ class Bench:
         is_base = own is base
         n = int(own.n.sum())
         destroyed = None
+        if own.propensity and own.effect[:, 1].sum() < own.n_effects:
+            destroyed = "NaN or infinite logits for some of the pairs"
         if own.n_broken:
             destroyed = f"NaN or infinite logits in {own.n_broken} of {n} samples"
         fine = destroyed is None
@@ -281,7 +313,7 @@ class Bench:
 
         p_least = 0.5 / n
         floor, cost = UNKNOWN, UNKNOWN
-        if self.effect.binary:
+        if self.effect.binary and not own.propensity:
             floor = interval(own.effect, base.effect, own.n, of=lambda s: _floor(s, p_least))
             columns = (own.effect, base.effect, own.n, own.tokens[:, :1])
             cost = interval(*columns, of=lambda s: s[..., 5] / s[..., 4] - _floor(s, p_least))
@@ -292,7 +324,8 @@ class Bench:
         return Measurement(
             effect=effect,
             effect_base=effect if is_base else self.base.effect,
-            known=float(own.effect[:, 1].sum() / n),
+            change=interval(own.effect, base.effect, of=lambda s: _ratio(s[..., :2]) - _ratio(s[..., 2:])),
+            known=float(own.effect[:, 1].sum() / own.n_effects),
             kl=interval(own.tokens[:, :1], own.n, of=_ratio),
             kl_per_token=interval(own.tokens[:, [0, 2]], of=_ratio),
             kl_p95=_quantile(own.token_kl, own.token_group, 0.95, self.seed) if fine else UNKNOWN,
@@ -307,6 +340,9 @@ class Bench:
             distinct_2=interval(own.distinct, of=_ratio),
             grammaticality=interval(own.story.grammar, of=_ratio) if own.story else UNKNOWN,
             side_effects=self._side_effects(own, base) if fine else {},
+            propensity={name: _rate(sums, False, self.seed) for name, sums in own.propensity.items()}
+            if fine
+            else {},
             destroyed=destroyed,
             n=n,
             n_prompts=len(self.prompts),
@@ -389,7 +425,9 @@ class _Tally:
     texts: tuple[tuple[str, str], ...]
     n_broken: int
     effect: Float[np.ndarray, "g 2"]
-    """Sum where known, number known."""
+    """Sum where known, number known; of a propensity, by the pairs' prompts."""
+    n_effects: int
+    propensity: dict[str, Float[np.ndarray, "g 2"]]
     n: Float[np.ndarray, "g 1"]
     token_kl: Float[np.ndarray, " tokens"]
     token_group: Int[np.ndarray, " tokens"]
@@ -407,15 +445,16 @@ def _grouped(story: StoryTally, group: Int[np.ndarray, " n"]) -> StoryTally:
     )
 
 
+def _known_sums(values: Float[np.ndarray, " n"], group: Int[np.ndarray, " n"]) -> Float[np.ndarray, "g 2"]:
+    known = np.isfinite(values)
+    return group_sums(np.stack([np.where(known, values, 0.0), known], 1), group)
+
+
 def _sums_of(
     values: Float[np.ndarray, "n k"], group: Int[np.ndarray, " n"], n_groups: int
 ) -> Float[np.ndarray, "g k"]:
     """Like group_sums, with a row for groups that have no values."""
     return np.stack([np.bincount(group, weights=column, minlength=n_groups) for column in values.T], axis=1)
-
-
-def _unchanged(prompt_lengths: Sequence[int]) -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 def _ends(interval: Interval) -> list[float]:

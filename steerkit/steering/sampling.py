@@ -10,8 +10,8 @@ Every row of every batch draws from a generator of its own, seeded by (seed, pro
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,8 +136,9 @@ def divergence(
     """
     base_prompts = samples.prompts if base_prompts is None else base_prompts
     parts: list[np.ndarray] = []
-    order = sorted(range(len(samples.new)), key=lambda i: len(samples.prompts[i]) + len(samples.new[i]))
-    for chosen in _batches(model, samples, base_prompts, order, batch_size):
+    before = [max(len(own), len(base)) for own, base in zip(samples.prompts, base_prompts)]
+    lengths = np.array([(n + len(new)) * bool(new) for n, new in zip(before, samples.new)])
+    for chosen in batches(lengths, batch_size, model.d_vocab):
         new = [samples.new[i] for i in chosen]
         own_rows = [samples.prompts[i] for i in chosen]
         with torch.no_grad():
@@ -181,20 +182,23 @@ def next_token_log_probs(
     return found.masked_fill(_unusable(found)[:, None], torch.nan).log_softmax(-1)
 
 
-def _batches(
-    model: HookedModel, samples: Samples, base_prompts: Sequence[Ids], order: Sequence[int], batch_size: int
-) -> list[list[int]]:
-    """Rows with tokens, in batches whose logits fit the budget."""
-    batches: list[list[int]] = []
-    for i in order:
-        if samples.broken[i] or not samples.new[i]:
-            continue
-        length = max(len(samples.prompts[i]), len(base_prompts[i])) + len(samples.new[i])
-        most = max(1, min(batch_size, LOGITS_BUDGET // (length * model.d_vocab)))
-        if not batches or len(batches[-1]) >= most:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+def batches(lengths: Int[np.ndarray, " rows"], batch_size: int, d_vocab: int) -> Iterator[list[int]]:
+    """Rows of like length together, in batches whose logits fit the budget; those of length 0 are left out."""
+    chosen: list[int] = []
+    for i in np.argsort(lengths, kind="stable").tolist():
+        most = max(1, min(batch_size, LOGITS_BUDGET // (max(1, int(lengths[i])) * d_vocab)))
+        if chosen and len(chosen) >= most:
+            yield chosen
+            chosen = []
+        if lengths[i]:
+            chosen.append(i)
+    if chosen:
+        yield chosen
+
+
+def unchanged(prompt_lengths: Sequence[int]) -> AbstractContextManager[None]:
+    """The model as it is."""
+    return nullcontext()
 
 
 class _Draws:
