@@ -3,6 +3,7 @@
     StoryAttribute("mood", "happy")                     exact, on the built-in language
     Words({"wedding", "weddings"})                      whether a text has one of the words
     Scored("toxicity", classifier, binary=False)        any function of prompts and continuations
+    Rated("AxBench", judge)                             the harmonic mean of a judge's ratings
 
 An effect is any object with these attributes and this call; `Propensity` (propensity.py) needs no sampled text.
 """
@@ -125,6 +126,35 @@ class Scored:
 
     def __call__(self, prompts: Sequence[str], continuations: Sequence[str]) -> Float[np.ndarray, " n"]:
         return np.asarray(self.function(prompts, continuations), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A judge's ratings – of concept, instruction and fluency, say – as their harmonic mean: AxBench's steering score, 0 to 2."""
+
+    name: str
+    judge: Callable[[Sequence[str], Sequence[str]], Any]
+    """(prompts, continuations) -> (n, k) ratings from 0 to 2, NaN for unknown: a model, or people."""
+    binary: ClassVar[bool] = False
+
+    def __call__(self, prompts: Sequence[str], continuations: Sequence[str]) -> Float[np.ndarray, " n"]:
+        return harmonic_mean(self.judge(prompts, continuations))
+
+
+def harmonic_mean(scores: Any) -> Float[np.ndarray, " n"]:
+    """Of each row of ratings (n, k); 0 where one of them is 0. Raises InputError for ratings outside of 0 to 2.
+
+    Wu et al. 2025, AxBench, https://arxiv.org/abs/2501.17148.
+    """
+    ratings = np.asarray(scores, dtype=np.float64)
+    if ratings.ndim != 2 or not ratings.shape[1]:
+        raise InputError(
+            f"The ratings are {ratings.shape}; a row for each text and a column for each question are needed."
+        )
+    if ((ratings < 0) | (ratings > 2)).any():
+        raise InputError("The ratings go beyond 0 to 2: rescale them.")
+    with np.errstate(divide="ignore"):
+        return ratings.shape[1] / (1.0 / ratings).sum(1)
 
 
 def apply_effect(
