@@ -40,6 +40,8 @@ convert_app.command("sae")(command(convert.convert_sae))
 steer_app.command("extract")(command(steer.extract))
 steer_app.command("apply")(command(steer.apply))
 steer_app.command("inspect")(command(steer.inspect))
+steer_app.command("convert")(command(steer.convert))
+steer_app.command("merge")(command(steer.merge_vector))
 
 
 def main() -> None:

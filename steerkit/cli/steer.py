@@ -1,8 +1,10 @@
-"""`steerkit steer extract|apply|inspect`: steering vectors from pairs, in use, and what is in a file."""
+"""`steerkit steer …`: steering vectors from pairs, in use, what is in a file, in other formats, and merged into a model."""
 
 from __future__ import annotations
 
 import sys
+import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +13,10 @@ import typer
 from steerkit.cli.common import Device, Dtype, Json, Model, Quiet, Seed, Set, emit, load_model, say
 from steerkit.cli.settings import build, merge
 from steerkit.errors import InputError
-from steerkit.steering import METHODS, SteeringVector, Where, fit, load_pairs
+from steerkit.steering import METHODS, SteeringVector, Where, export, fit, load_any, load_pairs
+from steerkit.steering import merge as merge_weights
 from steerkit.steering.fitting import get
+from steerkit.steering.formats import FORMATS, ConversionWarning, format_of
 
 WHERES = {
     "everywhere": Where(),
@@ -85,10 +89,7 @@ def apply(
         raise InputError(f"--where is {where!r}; it is {', '.join(WHERES)}.")
     if temperature < 0:
         raise InputError(f"--temperature is {temperature}; it is 0 or more.")
-    name = model or loaded.provenance.get("model")
-    if name is None:
-        raise InputError(f"{vector} does not say which model it is for: give --model.")
-    hooked = load_model(name, device, dtype)
+    hooked = load_model(_model_of(loaded, model, vector), device, dtype)
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -118,6 +119,87 @@ def inspect(
     for key, value in found["provenance"].items():
         say(f"{key:<14}{value}", quiet=quiet)
     emit({"file": str(file), **found}, as_json=json)
+
+
+def convert(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A steering vector: ours, .gguf, .pt, or a directory of pyreft or of a LoRA adapter."
+        ),
+    ],
+    to: Annotated[str, typer.Option("--to", help=f"One of {', '.join(FORMATS)}.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write; a directory for pyreft and lora.")],
+    strength: Annotated[float, typer.Option("--strength", help="Multiple of the vector to write.")] = 1.0,
+    site: Annotated[
+        str | None, typer.Option("--site", "-s", help="Of a .pt file of one tensor: where it acts.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option("--layer", help="The same, as the block whose output it is, from 0.")
+    ] = None,
+    index: Annotated[
+        int | None, typer.Option("--index", help="Of a .pt file of a matrix: the row, from 0.")
+    ] = None,
+    positions: Annotated[
+        str | None, typer.Option("--positions", help="Of a pyreft directory: its tokens, such as f7+l7.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a directory that holds a vector.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a steering vector in another toolkit's format, and say what that format does not."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConversionWarning)
+        found = format_of(file)
+        vector = load_any(file, site=site, layer=layer, index=index, positions=positions)
+        export(vector, to, out, strength=strength, force=force)
+    lost = [str(warning.message) for warning in caught if warning.category is ConversionWarning]
+    say(f"{file} ({found}) is now {out} ({to}).", quiet=quiet)
+    for text in lost:
+        say(f"Note: {text}", quiet=quiet)
+    emit(
+        {"file": str(file), "from": found, "to": to, "out": str(out), "warnings": lost, **_described(vector)},
+        as_json=json,
+    )
+
+
+def merge_vector(
+    vector: Annotated[Path, typer.Option("--vector", "-v", help="A steering vector in any format.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new model.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The model; the one of the vector by default.")
+    ] = None,
+    strength: Annotated[float, typer.Option("--strength", help="Multiple of the vector.")] = 1.0,
+    merge_bos: Annotated[
+        bool, typer.Option("--merge-bos", help="Steer BOS too, where the vector leaves it alone.")
+    ] = False,
+    other_model: Annotated[
+        bool, typer.Option("--other-model", help="Allow a model that the vector was not made for.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model that is in --out.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge a steering vector into a model's weights: a checkpoint that needs no hooks."""
+    loaded = load_any(vector)
+    hooked = load_model(_model_of(loaded, model, vector), device, dtype)
+    merged = merge_weights(hooked, loaded, strength, out, bos=merge_bos, other_model=other_model, force=force)
+    say(
+        f"{merged.path}: {hooked.name} with {vector.name} at strength {strength:g} in its weights.",
+        quiet=quiet,
+    )
+    for text in merged.notes:
+        say(f"Note: {text}", quiet=quiet)
+    emit({"model": hooked.name, "vector": str(vector), "strength": strength, **asdict(merged)}, as_json=json)
+
+
+def _model_of(vector: SteeringVector, model: str | None, file: Path) -> str:
+    name = model or vector.provenance.get("model")
+    if name is None:
+        raise InputError(f"{file} does not say which model it is for: give --model.")
+    return name
 
 
 def _described(vector: SteeringVector) -> dict[str, Any]:
