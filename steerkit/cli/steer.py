@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from steerkit.cli.common import Device, Dtype, Json, Model, Quiet, Seed, Set, emit, load_model, say
+from steerkit.cli.common import Config, Device, Dtype, Json, Model, Quiet, Seed, Set, emit, load_model, say
 from steerkit.cli.settings import build, merge
 from steerkit.errors import InputError
 from steerkit.steering import METHODS, SteeringVector, Where, export, fit, load_any, load_pairs
 from steerkit.steering import merge as merge_weights
 from steerkit.steering.fitting import get
 from steerkit.steering.formats import FORMATS, ConversionWarning, format_of
+from steerkit.steering.sweep import SweepConfig
+from steerkit.steering.sweep import sweep as run_sweep
+from steerkit.steering.tasks import make_task
 
 WHERES = {
     "everywhere": Where(),
@@ -103,6 +106,123 @@ def apply(
     ):
         base, steered = hooked.generate([prompt, prompt], max_new_tokens, streamer=shown, **options)
     emit({"prompt": prompt, "strength": strength, "base": base, "steered": steered}, as_json=json)
+
+
+def sweep_vectors(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the vectors and the report.")],
+    model: Model = None,
+    pairs: Annotated[
+        str,
+        typer.Option(
+            "--pairs", "-p", help="A file of pairs, or storyworld:mood=happy and the like (the default)."
+        ),
+    ] = "storyworld:mood=happy",
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", help="Names with commas; all that fit the model by default."),
+    ] = None,
+    sites: Annotated[
+        str | None,
+        typer.Option(
+            "--sites", "-s", help="Hook sites with commas, each tried by itself; joined by + they are one."
+        ),
+    ] = None,
+    strengths: Annotated[
+        str | None,
+        typer.Option(
+            "--strengths", help="Fixed strengths with commas, instead of such as cost --kl-targets."
+        ),
+    ] = None,
+    kl_targets: Annotated[
+        str | None,
+        typer.Option("--kl-targets", help="Divergences to compare at, nats a sequence, with commas."),
+    ] = None,
+    effect: Annotated[
+        str | None,
+        typer.Option(
+            "--effect",
+            help="What counts as success: words:happy,glad. By default StoryWorld's judge, or the pairs' most telling words.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts", help="A file with a prompt a line; by default the pairs' own, or StoryWorld's."
+        ),
+    ] = None,
+    prompting: Annotated[
+        str | None, typer.Option("--prompting", help="An instruction to show prompting's effect with.")
+    ] = None,
+    n_prompts: Annotated[
+        int | None,
+        typer.Option("--n-prompts", help="Prompts: a third to choose by, the rest to report. [150]"),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few prompts, pairs and sites: minutes.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an unfinished sweep; start if there is none.")
+    ] = False,
+    config: Config = None,
+    set_: Set = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare steering methods at equal divergence from the unsteered model, and write one report."""
+    flags = {
+        "methods": _names(methods),
+        "sites": _names(sites),
+        "strengths": None if strengths is None else [_number(s) for s in _names(strengths) or ()],
+        "kl_targets": None if kl_targets is None else [_number(s) for s in _names(kl_targets) or ()],
+        "seed": seed,
+    }
+    values = merge(config, set_ or [], flags)
+    if quick:
+        values = {"n_pairs": 192, "samples": 1, "max_new_tokens": 32, **values}
+    settings = build(SweepConfig, values)
+    hooked = load_model(model or "storyworld", device, dtype)
+    if quick and not settings.sites:
+        settings = replace(settings, sites=(f"blocks.{(hooked.n_layers - 1) // 2}.hook_resid_post",))
+    task = make_task(
+        hooked,
+        pairs,
+        effect=effect,
+        prompts=prompts,
+        n_prompts=n_prompts or (60 if quick else 150),
+        seed=settings.seed,
+    )
+    result = run_sweep(
+        hooked,
+        task.pairs,
+        task.effect,
+        task.validation,
+        task.test,
+        out,
+        settings,
+        prompting=prompting or task.instruction,
+        resume=resume,
+        quiet=quiet,
+    )
+    for name, record in sorted(result.best.items(), key=lambda item: -(item[1].get("effect") or -1.0)):
+        told = record.get("reason") or (
+            f"{record['effect']:.3f} ({record['effect_base']:.3f} unsteered) at strength {record['strength']:.3g}, "
+            f"{record['kl']:.3g} nats"
+        )
+        say(f"{name:<28}{told}", quiet=quiet)
+    say(f"{out / 'report.html'}", quiet=quiet)
+    emit(result.to_dict(), as_json=json)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{text!r} is no number.") from None
 
 
 def inspect(

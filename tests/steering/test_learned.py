@@ -23,7 +23,7 @@ from steerkit.steering.methods.learning import encode_pairs, preference, steered
 from steerkit.steering.methods.reft import KINDS, _Part, orthonormal
 
 SITE = "blocks.2.hook_resid_post"
-QUICK = OptimiseConfig(lr=0.02, epochs=1, batch_size=8)
+QUICK = {"lr": 0.02, "epochs": 1, "batch_size": 8}
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,10 @@ def mean_gap(model, pairs, vector, strength):
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        ("bipo", {"training": OptimiseConfig(lr=0.1, epochs=4, batch_size=8)}),
-        ("reft", {"training": QUICK}),
-        ("reft", {"training": QUICK, "objective": "preference", "kind": "direft"}),
-        ("weight_arithmetic", {"training": OptimiseConfig(lr=2e-3, epochs=1, batch_size=8), "rank": 2}),
+        ("bipo", {"lr": 0.1, "epochs": 4, "batch_size": 8}),
+        ("reft", QUICK),
+        ("reft", {**QUICK, "objective": "preference", "kind": "direft"}),
+        ("weight_arithmetic", {"lr": 2e-3, "epochs": 1, "batch_size": 8, "rank": 2}),
     ],
     ids=lambda value: value if isinstance(value, str) else value.get("objective", ""),
 )
@@ -68,7 +68,7 @@ def test_training_moves_held_out_pairs_both_ways(storyworld, pairs, method, sett
     assert all(torch.equal(before[name], value) for name, value in storyworld.model.state_dict().items())
     assert [p.requires_grad for p in storyworld.model.parameters()] == flags
     assert not any(tensor.requires_grad for edit in vector.edits for tensor in edit.tensors().values())
-    assert vector.provenance["settings"]["training"]["batch_size"] == 8
+    assert vector.provenance["settings"]["batch_size"] == 8
 
 
 def test_the_preference_loss_is_its_equation(storyworld, pairs):
@@ -148,17 +148,14 @@ def test_log_probs_count_from_the_start_and_no_pads(storyworld):
 
 
 def test_weight_arithmetic_is_a_difference_of_fine_tunes(storyworld, pairs):
-    training = OptimiseConfig(lr=2e-3, epochs=0.5, batch_size=8)
-    both = steering.fit(storyworld, pairs[:16], method="weight_arithmetic", rank=2, training=training)
-    positive = steering.fit(
-        storyworld, pairs[:16], method="weight_arithmetic", rank=2, training=training, contrast=False
-    )
+    settings = {"rank": 2, "lr": 2e-3, "epochs": 0.5, "batch_size": 8}
+    both = steering.fit(storyworld, pairs[:16], method="weight_arithmetic", **settings)
+    positive = steering.fit(storyworld, pairs[:16], method="weight_arithmetic", **settings, contrast=False)
     negative = steering.fit(
         storyworld,
         pairs[:16].swapped(),
         method="weight_arithmetic",
-        rank=2,
-        training=training,
+        **settings,
         contrast=False,
     )
     for joint, plus, minus in zip(both.edits, positive.edits, negative.edits):

@@ -11,13 +11,13 @@ residual streams of unit mean square and is scaled by the site's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from steerkit.errors import InputError
-from steerkit.finetune import OptimiseConfig, frozen, optimise
+from steerkit.finetune import frozen, optimise
 from steerkit.models import HookedModel
 from steerkit.steering.edits import Add
 from steerkit.steering.methods.base import register
@@ -40,11 +40,10 @@ class BiPO(Trained):
 
     beta: float = 0.1
     """β: the smaller, the further the model may move from itself."""
-    training: OptimiseConfig = field(
-        default_factory=lambda: OptimiseConfig(
-            lr=0.02, epochs=4, batch_size=16, schedule="cosine", weight_decay=0.01
-        )
-    )
+    lr: float = 0.02
+    epochs: float = 4
+    schedule: str = "cosine"
+    weight_decay: float = 0.01
     name: ClassVar[str] = "bipo"
 
     def fit(self, model: HookedModel, pairs: Pairs, sites: Sequence[str]) -> SteeringVector:
@@ -55,7 +54,7 @@ class BiPO(Trained):
             site: torch.zeros(model.site(site).width, device=model.device, requires_grad=True)
             for site in sites
         }
-        generator = torch.Generator().manual_seed(self.training.seed)
+        generator = torch.Generator().manual_seed(self.seed)
         provenance = self.provenance(model, pairs, sites)
 
         def make() -> SteeringVector:

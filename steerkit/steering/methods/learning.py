@@ -7,7 +7,7 @@ reach them through `model.steer`. Of a pair only what follows the tokens that it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -111,24 +111,35 @@ def with_references(model: HookedModel, examples: Sequence[PairExample]) -> list
 class Trained(Method):
     """A method that trains what it puts into the model."""
 
-    training: OptimiseConfig = field(default_factory=OptimiseConfig)
-    """Learning rate, epochs, batch size …"""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    epochs: float = 1.0
+    batch_size: int = 16
+    schedule: str = "linear"
+    """How the rate falls: `linear`, `cosine` or `constant`."""
+    warmup: float = 0.05
+    """Share of the steps over which it rises."""
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Greatest norm of the gradient."""
+    seed: int = 0
     quiet: bool = True
     """False: show progress on stderr."""
 
     needs_lm_head: ClassVar[bool] = True
 
+    @property
+    def training(self) -> OptimiseConfig:
+        """The settings of the loop."""
+        names = {f.name for f in fields(self)}
+        return OptimiseConfig(
+            **{f.name: getattr(self, f.name) for f in fields(OptimiseConfig) if f.name in names}
+        )
+
     def provenance(self, model: HookedModel, pairs: Pairs, sites: Sequence[str]) -> dict[str, Any]:
         found = super().provenance(model, pairs, sites)
-        settings = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("quiet", "training")
-        }
-        config = {f.name: getattr(self.training, f.name) for f in fields(self.training)}
-        return {**found, "settings": {**settings, "training": config}, "seed": self.training.seed}
-
-    def with_training(self, **settings: Any) -> Trained:
-        """A copy with other settings of the loop."""
-        return replace(self, training=replace(self.training, **settings))
+        found["settings"].pop("quiet")
+        return {**found, "seed": self.seed}
 
 
 def detached(vector: SteeringVector) -> SteeringVector:

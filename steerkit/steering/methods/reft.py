@@ -14,7 +14,7 @@ the identity: W = R where it is subtracted, W = 0 and b = 0 elsewhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from steerkit import finetune
 from steerkit.errors import InputError
-from steerkit.finetune import OptimiseConfig, frozen, optimise
+from steerkit.finetune import frozen, optimise
 from steerkit.models import HookedModel
 from steerkit.steering.edits import LowRank
 from steerkit.steering.methods.base import register
@@ -61,7 +61,8 @@ class ReFT(Trained):
     """`cross_entropy` of the positive sides, or `preference` of the positive over the negative ones."""
     beta: float = 0.1
     """β of the preference loss."""
-    training: OptimiseConfig = field(default_factory=lambda: OptimiseConfig(lr=0.01, epochs=4, batch_size=16))
+    lr: float = 0.01
+    epochs: float = 4
     name: ClassVar[str] = "reft"
 
     def __post_init__(self) -> None:
@@ -86,7 +87,7 @@ class ReFT(Trained):
         examples = encode_pairs(model, pairs)
         if self.objective == "preference":
             examples = with_references(model, examples)
-        generator = torch.Generator().manual_seed(self.training.seed)
+        generator = torch.Generator().manual_seed(self.seed)
         parts = {
             site: _Part(self.kind, self.rank, model.site(site).width, generator).to(model.device)
             for site in sites

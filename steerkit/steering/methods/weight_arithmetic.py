@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from steerkit import finetune
 from steerkit.errors import InputError
-from steerkit.finetune import Example, OptimiseConfig, frozen, optimise
+from steerkit.finetune import Example, frozen, optimise
 from steerkit.models import HookedModel
 from steerkit.steering.edits import WeightDelta
 from steerkit.steering.methods.base import register
@@ -41,7 +41,8 @@ class WeightArithmetic(Trained):
     """α: the change is scaled by α/r."""
     contrast: bool = True
     """Whether the negative fine-tune is subtracted."""
-    training: OptimiseConfig = field(default_factory=lambda: OptimiseConfig(lr=2e-3, epochs=2, batch_size=16))
+    lr: float = 2e-3
+    epochs: float = 2
     name: ClassVar[str] = "weight_arithmetic"
     of_sites: ClassVar[bool] = False
 
@@ -70,7 +71,7 @@ class WeightArithmetic(Trained):
         self, model: HookedModel, modules: Sequence[str], examples: Sequence[Example]
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Path -> (A, B) of the fine-tune on one side."""
-        generator = torch.Generator().manual_seed(self.training.seed)
+        generator = torch.Generator().manual_seed(self.seed)
         tensors = {}
         for path in modules:
             d_in, d_out = _shape(model, path)

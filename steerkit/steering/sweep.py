@@ -1,0 +1,387 @@
+"""Steering methods compared at equal divergence: fitted on pairs, chosen on some prompts, told on others.
+
+    result = sweep(model, pairs, effect, validation, test, out="runs/happy")
+    result.best["mean_diff"], result.results
+
+For every method the strengths are sought at which KL(steered ‖ base), in nats a sequence, is what `SweepConfig.kl_targets` asks: at
+the site that does best at the middle of them, all on the validation prompts. There, too, the best strength within the KL budget
+and the loss of grammar that is allowed is chosen. All figures that are reported are of the test prompts.
+
+Beside the methods stand their nulls – a random direction, and methods fitted on pairs with their sides shuffled – and prompting.
+Every measurement is a line of metrics.jsonl; a sweep that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from steerkit.errors import CheckpointError, InputError, SteerkitError
+from steerkit.models import HookedModel
+from steerkit.runs import Run, jsonable, make_provenance, progress
+from steerkit.steering.effects import Effect
+from steerkit.steering.evaluation import Bench, Measurement
+from steerkit.steering.fitting import get
+from steerkit.steering.methods import METHODS, Method
+from steerkit.steering.pairs import Pairs
+from steerkit.steering.vector import SteeringVector
+from steerkit.steering.where import Where
+
+SHUFFLED = ", sides shuffled"
+PROMPTING = "prompting"
+SAMPLES_SHOWN = 4
+_TRIES = 5
+"""Measurements that a strength is sought with."""
+_CLOSE = 0.25
+"""How far the logarithm of a divergence may be from that of its target."""
+_STRONGEST = 1e4
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Settings of a sweep."""
+
+    methods: tuple[str, ...] = ()
+    """Names of methods; empty: all that fit the model."""
+    sites: tuple[str, ...] = ()
+    """Sites, each tried by itself; several joined by `+` are one candidate. Empty: after every second block, and all of those."""
+    shuffled: tuple[str, ...] = ("mean_diff",)
+    """Methods that are also fitted on pairs with shuffled sides."""
+    kl_targets: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
+    """Divergences at which methods are compared, nats a sequence; rising."""
+    strengths: tuple[float, ...] = ()
+    """Fixed strengths instead, the same for all methods."""
+    kl_budget: float = 10.0
+    """What the best strength may cost."""
+    grammar_budget: float = 0.1
+    """Share of grammatical sentences that the best strength may lose, where a judge reads them."""
+    where: str = "everywhere"
+    """`everywhere`, `prompt` or `generation`; methods that bring their own keep it."""
+    n_pairs: int = 256
+    """Pairs to fit on, at most."""
+    samples: int = 2
+    """Texts a prompt."""
+    max_new_tokens: int = 40
+    seed: int = 0
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Method -> its settings, where they are not the defaults."""
+
+    def __post_init__(self) -> None:
+        targets = list(self.kl_targets)
+        if not targets or targets[0] <= 0 or targets != sorted(set(targets)):
+            raise InputError(f"kl_targets is {self.kl_targets}; they are positive and rise.")
+        if self.where not in WHERES:
+            raise InputError(f"where is {self.where!r}; it is one of {', '.join(WHERES)}.")
+        for name in (*self.methods, *self.shuffled, *self.settings):
+            get(name)
+
+
+WHERES = {
+    "everywhere": Where(),
+    "prompt": Where.prompt_only(),
+    "generation": Where.generation_only(),
+}
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep found."""
+
+    results: list[dict[str, Any]]
+    """On test: {method, site, strength, effect, effect_base, effect_ci, kl, …} (`Measurement.to_dict`)."""
+    best: dict[str, dict[str, Any]]
+    """Method -> the entry whose strength was chosen on validation within the budgets; with `reason` where none is within them."""
+    validation: list[dict[str, Any]]
+    """The measurements that were chosen by: all sites and strengths that were tried."""
+    base: dict[str, Any]
+    """The unsteered model on test."""
+    config: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def sweep(
+    model: HookedModel,
+    pairs: Pairs,
+    effect: Effect,
+    validation: Sequence[str],
+    test: Sequence[str],
+    out: str | Path,
+    config: SweepConfig | None = None,
+    *,
+    prompting: str | None = None,
+    resume: bool = False,
+    quiet: bool = True,
+) -> SweepResult:
+    """Fit, calibrate, choose and test; writes OUT/report.html, summary.json, metrics.jsonl and vectors/*.safetensors.
+
+    `validation` and `test` are prompts, none in both. `prompting` is an instruction whose effect is shown beside the methods'. A
+    method that fails is reported with its error, and the rest goes on. Raises InputError when there is nothing to do.
+    """
+    from steerkit.steering.sweep_report import write_report
+
+    config = config or SweepConfig()
+    if set(validation) & set(test):
+        raise InputError("A prompt is among those to choose by and among those to report: separate them.")
+    pairs = pairs[: config.n_pairs]
+    settings = {
+        "model": model.name,
+        "pairs": pairs.name,
+        "pairs_sha256": pairs.fingerprint(),
+        "effect": effect.name,
+        "prompting": prompting,
+        "n_validation": len(validation),
+        "n_test": len(test),
+        **asdict(config),
+    }
+    run = Run.open(out, "steer sweep", settings, resume=resume, provenance=make_provenance(model=model.name))
+    work = _Sweep(model, pairs, effect, validation, test, config, run)
+    methods = [(name, pairs) for name in config.methods or _fitting(model)]
+    methods += [(name + SHUFFLED, pairs.shuffled_sides(config.seed)) for name in config.shuffled]
+    with progress(len(methods) + bool(prompting), "sweep", "methods", quiet=quiet) as bar:
+        for name, own in methods:
+            work.run_method(name, own)
+            bar.advance(1, method=name)
+        if prompting:
+            work.run_prompting(prompting)
+            bar.advance(1, method=PROMPTING)
+    result = work.result()
+    write_report(result, run.path / "report.html", model=model, pairs=pairs, effect=effect)
+    run.finish(result.to_dict())
+    return result
+
+
+def _fitting(model: HookedModel) -> list[str]:
+    """Methods that fit the model."""
+    return [name for name, kind in METHODS.items() if model.has_lm_head or not kind.needs_lm_head]
+
+
+def default_sites(model: HookedModel) -> tuple[str, ...]:
+    """After every second block, and at all of these together."""
+    blocks = (
+        range((model.n_layers - 1) % 2, model.n_layers, 2) if model.n_layers > 2 else range(model.n_layers)
+    )
+    sites = [f"blocks.{i}.hook_resid_post" for i in blocks]
+    return (*sites, "+".join(sites)) if len(sites) > 1 else tuple(sites)
+
+
+class _Sweep:
+    """One sweep at work. What has been measured is kept by its key, and in metrics.jsonl."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        pairs: Pairs,
+        effect: Effect,
+        validation: Sequence[str],
+        test: Sequence[str],
+        config: SweepConfig,
+        run: Run,
+    ) -> None:
+        self.model, self.config, self.run = model, config, run
+        self.benches = {
+            name: Bench(
+                model,
+                prompts,
+                effect,
+                max_new_tokens=config.max_new_tokens,
+                samples=config.samples,
+                seed=config.seed + number,
+            )
+            for number, (name, prompts) in enumerate((("validation", validation), ("test", test)))
+        }
+        self.records: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for record in run.metrics():
+            self.records[_key(record)] = record
+        self.best: dict[str, dict[str, Any]] = {}
+
+    # one method
+
+    def run_method(self, name: str, pairs: Pairs) -> None:
+        """Everything of one method; its error, if it fails, is what is reported of it."""
+        kind = get(name.removesuffix(SHUFFLED))
+        sites = self.config.sites or default_sites(self.model)
+        try:
+            candidates = {
+                site: self._vector(name, kind, pairs, site)
+                for site in (sites if kind.of_sites else ("weights",))
+            }
+        except SteerkitError as error:
+            self.best[name] = {"method": name, "reason": str(error)}
+            return
+        tried = {site: self._tried(name, site, vector) for site, vector in candidates.items()}
+        site = max(tried, key=lambda site: max(_merit(record) for record in tried[site]))
+        vector = candidates[site]
+        if self.config.strengths:
+            found = tried[site]
+        else:
+            found = [self._calibrated(name, site, vector, target) for target in self.config.kl_targets]
+        allowed = [record for record in found if self._within(record)]
+        for record in found:
+            self._measured("test", name, site, vector, record["strength"])
+        if not allowed:
+            self.best[name] = {"method": name, "site": site, "reason": "no strength stays within the budgets"}
+            return
+        strength = max(allowed, key=_merit)["strength"]
+        self.best[name] = self._measured("test", name, site, vector, strength)
+
+    def run_prompting(self, prefix: str) -> None:
+        """Prompting, which has no strength."""
+        key = ("test", PROMPTING, "", 1.0)
+        if key not in self.records:
+            found = self.benches["test"].measure_prompted(prefix)
+            self._keep(key, found, prefix=prefix)
+        self.best[PROMPTING] = self.records[key]
+
+    def _vector(self, name: str, kind: type[Method], pairs: Pairs, site: str) -> SteeringVector:
+        """The fitted vector, from its file if it was fitted before."""
+        path = self.run.path / "vectors" / f"{_slug(name)}-{_slug(site)}.safetensors"
+        if path.exists():
+            try:
+                return SteeringVector.load(path)
+            except (CheckpointError, InputError):
+                path.unlink()
+        started = time.monotonic()
+        method = kind(**self.config.settings.get(kind.name, {}))
+        vector = method.fit(self.model, pairs, [] if site == "weights" else site.split("+"))
+        self.run.log({"part": "fit", "method": name, "site": site, "seconds": time.monotonic() - started})
+        vector.save(path)
+        return vector
+
+    def _tried(self, name: str, site: str, vector: SteeringVector) -> list[dict[str, Any]]:
+        """What a site is chosen by: validation at the middle target, or at all strengths that are given."""
+        if self.config.strengths:
+            return [self._measured("validation", name, site, vector, s) for s in self.config.strengths]
+        return [self._calibrated(name, site, vector, middle(self.config.kl_targets))]
+
+    def _calibrated(self, name: str, site: str, vector: SteeringVector, target: float) -> dict[str, Any]:
+        """The validation measurement whose divergence is nearest to the target.
+
+        Strengths are sought between those that are known: KL grows about like a power of the strength.
+        """
+        known = [
+            record
+            for record in self.records.values()
+            if record.get("part") == "validation" and record["method"] == name and record["site"] == site
+        ]
+        if not known:
+            known.append(self._measured("validation", name, site, vector, 1.0))
+        for _ in range(_TRIES):
+            if min(_distance(record, target) for record in known) < _CLOSE:
+                break
+            strength = _next_strength(known, target)
+            if strength is None or not 1 / _STRONGEST < strength < _STRONGEST:
+                break
+            known.append(self._measured("validation", name, site, vector, strength))
+        return min(known, key=lambda record: _distance(record, target))
+
+    def _measured(
+        self, part: str, name: str, site: str, vector: SteeringVector, strength: float
+    ) -> dict[str, Any]:
+        key = (part, name, site, strength)
+        if key not in self.records:
+            own = vector.where != Where()
+            where = None if own else WHERES[self.config.where]
+            found = self.benches[part].measure(vector, strength, where)
+            self._keep(key, found)
+        return self.records[key]
+
+    def _keep(self, key: tuple[Any, ...], found: Measurement, **more: Any) -> None:
+        part, method, site, strength = key
+        record = {
+            "part": part,
+            "method": method,
+            "site": site,
+            "strength": strength,
+            **found.to_dict(),
+            **more,
+            "texts": [
+                list(pair)
+                for pair in found.texts[: SAMPLES_SHOWN * self.config.samples : self.config.samples]
+            ],
+        }
+        self.run.log(record)
+        self.records[key] = jsonable(record)
+
+    def _within(self, record: Mapping[str, Any]) -> bool:
+        """Whether a measurement stays within the budgets."""
+        lost = 0.0
+        if record["grammaticality"] is not None:
+            lost = record["grammaticality_base"] - record["grammaticality"]
+        kl = record["kl"]
+        return (
+            record["destroyed"] is None
+            and kl is not None
+            and kl <= self.config.kl_budget * math.exp(_CLOSE)
+            and lost <= self.config.grammar_budget
+        )
+
+    def result(self) -> SweepResult:
+        base = {
+            **self.benches["test"].base.to_dict(),
+            "texts": [
+                list(pair)
+                for pair in self.benches["test"].base.texts[
+                    : SAMPLES_SHOWN * self.config.samples : self.config.samples
+                ]
+            ],
+        }
+        parts: dict[str, list[dict[str, Any]]] = {"validation": [], "test": []}
+        for record in self.records.values():
+            if record.get("part") in parts:
+                parts[record["part"]].append({k: v for k, v in record.items() if k != "part"})
+        best = {name: {k: v for k, v in record.items() if k != "part"} for name, record in self.best.items()}
+        return SweepResult(parts["test"], best, parts["validation"], base, self.run.config)
+
+
+def middle(targets: Sequence[float]) -> float:
+    """The target that sites are compared at."""
+    return targets[len(targets) // 2]
+
+
+def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(record.get(name) for name in ("part", "method", "site", "strength"))
+
+
+def _merit(record: Mapping[str, Any]) -> float:
+    """What strengths and sites are chosen by: the effect; nothing where it is unknown or the model is broken."""
+    return -1.0 if record["destroyed"] is not None or record["effect"] is None else record["effect"]
+
+
+def _distance(record: Mapping[str, Any], target: float) -> float:
+    """How far the divergence is from the target, in logarithms."""
+    kl = record["kl"]
+    return abs(math.log(max(kl, 1e-9) / target)) if kl is not None else math.inf
+
+
+def _next_strength(known: Sequence[Mapping[str, Any]], target: float) -> float | None:
+    """By the two measurements around the target, or the nearest two beyond which it lies; in logarithms. None: there is no more."""
+    points = sorted((record["strength"], record["kl"]) for record in known if record["kl"])
+    if not points:
+        weakest = min(record["strength"] for record in known)
+        return weakest / 8
+    below = [p for p in points if p[1] <= target]
+    above = [p for p in points if p[1] > target]
+    if below and above:
+        (s0, k0), (s1, k1) = below[-1], above[0]
+        if s1 <= s0:  # not monotonous
+            return None
+        share = math.log(target / k0) / math.log(k1 / k0)
+        return math.exp(math.log(s0) + min(0.9, max(0.1, share)) * math.log(s1 / s0))
+    strength, kl = points[-1] if below else points[0]
+    slope = 2.0
+    if len(points) > 1:
+        (s0, k0), (s1, k1) = points[-2:] if below else points[:2]
+        if s1 > s0 and k1 > k0:
+            slope = min(3.0, max(0.5, math.log(k1 / k0) / math.log(s1 / s0)))
+    factor = (target / kl) ** (1 / slope)
+    return strength * min(16.0, max(1 / 16, factor))
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._" else "-" for c in name)
