@@ -5,7 +5,7 @@
 `--bert` is any model that steerkit loads. Facts (`statement`, `label`) are split in half at random. Of AxBench's files (`output`,
 `concept_id`, `concept_genre`, `category`) each concept's texts in TRAIN, against the concept-free ones of its genre, make the
 directions, and its texts in EVAL are told from its negatives and hard negatives. A direction is fitted on the mean over each text's
-tokens; positives and negatives are paired at random. A text's score is the maximum over its tokens, or their mean with `--pool mean`.
+tokens; positives and negatives are paired at random. A text scores the maximum over its tokens, or their mean (`--pool mean`).
 """
 
 from __future__ import annotations

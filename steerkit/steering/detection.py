@@ -101,6 +101,7 @@ def detect(
     kinds = np.full(len(labels), "") if groups is None else np.asarray(groups)
     if kinds.shape != labels.shape:
         raise InputError(f"{len(texts)} texts need as many groups, not {kinds.shape}.")
+    model.site(site)
     several = directions if isinstance(directions, Mapping) else {"": directions}
     if not several:
         raise InputError("There are no directions to detect with: give at least one.")

@@ -30,7 +30,7 @@ Changed = Callable[[Sequence[int]], AbstractContextManager[Any]]
 
 Ids = tuple[int, ...]
 
-LOGITS_BUDGET = 1 << 26
+LOGITS_BUDGET = 1 << 25
 """Elements of logits that are held at once while distributions are compared."""
 
 
@@ -162,9 +162,10 @@ def divergence(
 def next_token_log_probs(
     model: HookedModel, prompts: Sequence[Ids], new: Sequence[Ids]
 ) -> Float[Tensor, "tokens d_vocab"]:
-    """float32 log-probabilities of the next token (temperature 1) at each place where a token of `new` follows.
+    """Log-probabilities of the next token (temperature 1) at each place where a token of `new` follows.
 
-    One forward of all rows, padded on the right; a row of NaN where the logits are NaN or infinite.
+    One forward of all rows, padded on the right; a row of NaN where the logits are NaN or infinite. In float64 if the device has
+    it: a small divergence is a small difference of these.
     """
     rows = [[*prompt, *ids] for prompt, ids in zip(prompts, new)]
     longest = max(map(len, rows))
@@ -178,7 +179,8 @@ def next_token_log_probs(
         ]
     )
     logits = model.logits(ids, mask)
-    found = logits[places[:, 0].to(logits.device), places[:, 1].to(logits.device)].float()
+    found = logits[places[:, 0].to(logits.device), places[:, 1].to(logits.device)]
+    found = found.float() if found.device.type == "mps" else found.double()
     return found.masked_fill(_unusable(found)[:, None], torch.nan).log_softmax(-1)
 
 
