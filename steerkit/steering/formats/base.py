@@ -160,5 +160,5 @@ def guarded(read: Callable[[Path, Hints], SteeringVector], path: Path, hints: Hi
     try:
         return read(path, hints)
     except (NumericsError, MemoryError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        reason = f"{type(error).__name__} {error}".strip()
+        reason = " ".join(f"{type(error).__name__} {error}".split())
         raise CheckpointError(f"{path} is damaged, or not what it seems: {reason}.") from None
