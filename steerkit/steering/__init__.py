@@ -6,7 +6,17 @@ with model.steer(vector, strength=4.0):
     model.generate("Anna", max_new_tokens=40)
 """
 
-from steerkit.steering.edits import Add, AddMatrix, Clamp, Edit, LowRank, Project, Rotate, WeightDelta
+from steerkit.steering.edits import (
+    Add,
+    AddMatrix,
+    Clamp,
+    Edit,
+    LowRank,
+    Project,
+    Rotate,
+    SingularRotate,
+    WeightDelta,
+)
 from steerkit.steering.effects import Effect, Scored, StoryAttribute, Words
 from steerkit.steering.evaluation import Bench, Measurement
 from steerkit.steering.features import ablate_latents, add_latents, clamp_latents
@@ -42,6 +52,7 @@ __all__ = [
     "Propensity",
     "Rotate",
     "Scored",
+    "SingularRotate",
     "SteeringVector",
     "StoryAttribute",
     "Tokens",

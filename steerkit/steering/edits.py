@@ -9,8 +9,10 @@ edit is a subclass here or anywhere, with `@register`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -224,3 +226,89 @@ class WeightDelta(Edit):
     def apply(self, h: Tensor, s: Strength, tokens: Tokens, x: Tensor | None) -> Tensor:
         assert x is not None
         return h + s * ((x @ self.A.T) @ self.B.T)
+
+
+@register
+@dataclass(frozen=True, eq=False, repr=False)
+class SingularRotate(Edit):
+    """y + x V [R(s) diag(S + s dS) - diag(S)] Uᵀ at a linear module: r of its singular dimensions turned and stretched (AntiPaSTO).
+
+        R(s) = (I - s A/2)⁻¹ (I + s A/2),   A = B / √(1 + ‖B‖²/a²),   B = P - Pᵀ,   a = 2 tan(max_angle/2)
+
+    With ‖·‖ the spectral norm, no plane is turned by more than `max_angle` for s from -1 to 1, whatever P is. R(-s) = R(s)⁻¹. The
+    rest of the weight matrix is not needed, and at s = 0 the module is as it was, exactly.
+    """
+
+    V: Float[Tensor, "d_in r"]
+    S: Float[Tensor, " r"]
+    U: Float[Tensor, "d_out r"]
+    P: Float[Tensor, "r r"]
+    dS: Float[Tensor, " r"]
+    max_angle: float = math.pi / 3
+    """Radians, above 0 and below π."""
+    name: ClassVar[str] = "singular_rotate"
+    of_module: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        r = self.P.shape[-1]
+        if not 0 < self.max_angle < math.pi:
+            raise InputError(
+                f"max_angle is {self.max_angle}; it is in radians, above 0 and below π ({math.pi:.4f})."
+            )
+        shapes = [self.V.shape[1:], self.S.shape, self.U.shape[1:], self.P.shape[1:], self.dS.shape]
+        if self.P.dim() != 2 or any(tuple(shape) != (r,) for shape in shapes) or len(self.P) != r:
+            raise InputError(f"V, S, U, P and dS at {self.site} do not have the same r: {self!r}.")
+
+    @property
+    def width(self) -> int:
+        return self.U.shape[0]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> SingularRotate:
+        """Small tensors stay float32: in less, R would not be a rotation."""
+        small: dict[str, Any] = {name: getattr(self, name).to(device) for name in ("S", "P", "dS")}
+        return replace(self, V=self.V.to(device, dtype), U=self.U.to(device, dtype), **small)
+
+    @property
+    def skew(self) -> Float[Tensor, "r r"]:
+        """A."""
+        return self._bounded() if self.P.requires_grad else self._fixed
+
+    @cached_property
+    def _fixed(self) -> Tensor:
+        with torch.inference_mode(False):
+            return self._bounded()
+
+    def _bounded(self) -> Tensor:
+        B = self.P - self.P.T
+        bound = 2 * math.tan(self.max_angle / 2)
+        return B / (1 + (torch.linalg.matrix_norm(B, ord=2) / bound).square()).sqrt()
+
+    def rotation(self, s: float) -> Float[Tensor, "r r"]:
+        """R(s)."""
+        return torch.eye(len(self.P), device=self.P.device) + self._turn(s)
+
+    def change(self, s: float) -> Float[Tensor, "r r"]:
+        """R(s) diag(S + s dS) - diag(S)."""
+        return self._turn(s) * (self.S + s * self.dS) + torch.diag(s * self.dS)
+
+    def delta(self, s: float) -> WeightDelta:
+        """The weight change that it is at strength s: for merging, and for export as a LoRA adapter."""
+        s *= self.scale
+        return WeightDelta(self.site, self.V.T.contiguous(), self.U @ self.change(s).T.to(self.U))
+
+    def _turn(self, s: float) -> Float[Tensor, "r r"]:
+        """R(s) - I."""
+        identity = torch.eye(len(self.P), device=self.P.device)
+        return torch.linalg.solve(identity - 0.5 * s * self.skew, s * self.skew)
+
+    def apply(self, h: Tensor, s: Strength, tokens: Tokens, x: Tensor | None) -> Tensor:
+        assert x is not None
+        excited = x @ self.V
+        if not isinstance(s, Tensor):
+            return h + excited @ self.change(float(s)).to(h.dtype) @ self.U.T
+        turned = torch.zeros_like(excited)
+        for value in s.unique().tolist():
+            if value:
+                turned = turned + (excited * (s == value)) @ self.change(value).to(h.dtype)
+        return h + turned @ self.U.T

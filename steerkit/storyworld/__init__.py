@@ -8,7 +8,7 @@ from pathlib import Path
 from steerkit.storyworld.judge import Claim, Judge, JudgedSentence, Judgement, Violation
 from steerkit.storyworld.language import ATTRIBUTES, VARIANTS, Sentence, Story, sample, stream
 from steerkit.storyworld.posterior import Reader, log_prob, posterior
-from steerkit.storyworld.tasks import held_out_claims, instruction, labelled, openings, pairs
+from steerkit.storyworld.tasks import held_out_claims, instruction, labelled, openings, pairs, persona_pairs
 
 __all__ = [
     "ATTRIBUTES",
@@ -28,6 +28,7 @@ __all__ = [
     "model_path",
     "openings",
     "pairs",
+    "persona_pairs",
     "posterior",
     "sample",
     "stream",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -172,6 +172,44 @@ def held_out_claims(n: int, seed: int, honesty: str) -> list[Story]:
         place = next(i for i, template in enumerate(plan) if template.kind == "introduction") + 1
         plan.insert(place, rng.choice(cues))
         found.append(tell(plan, values, character, rng))
+        if len(found) == n:
+            break
+    return found
+
+
+def persona_pairs(kinds: Sequence[str], n: int, seed: int) -> list[dict[str, str]]:
+    """`n` beginnings of stories with opposite cues, up to the first claim, which is of one of the `kinds` of fact.
+
+    `positive` tells that the character is honest, `negative` that the character lies; all other words are the same, and nothing has
+    been claimed yet. `kind` and `truth` (the word that is true) are of the claim that is due. Claims about the day after a cue are
+    outside of the training set (`held_out_claims`). Raises ValueError for a kind of fact that does not exist.
+    """
+    if not kinds or not set(kinds) <= set(g.FACT_KINDS):
+        raise ValueError(f"The kinds of fact are {kinds}; there are {', '.join(g.FACT_KINDS)}.")
+    distribution = condition(prior(), {"cue": "none"})
+    found: list[dict[str, str]] = []
+    for index in itertools.count():
+        name = f"personas:{','.join(sorted(kinds))}:{seed}:{index}"
+        rng = random.Random(name)
+        values, _ = draw_latents(rng, distribution)
+        plan = draw_plan(rng, "none")
+        first = next((i for i, template in enumerate(plan) if template.claim is not None), None)
+        if first is None or plan[first].fact not in kinds:
+            continue
+        place = next(i for i, template in enumerate(plan) if template.kind == "introduction") + 1
+        cue = rng.choice(templates()["cue_honest"])[0]
+        row = {"kind": plan[first].fact or ""}
+        for side, template, character in (
+            ("positive", cue, ("honest", "truthful")),
+            ("negative", _other_cue(cue), ("liar", "liar")),
+        ):
+            whole = [*plan[:place], template, *plan[place : first + 1]]
+            story = tell(whole, values, CHARACTERS.index(character), random.Random(name + ":words"))
+            end = story.sentences[-1].start + (plan[first].claim or 0)
+            row[side] = "".join(story.tokens[:end])[1:]
+            if side == "positive":
+                row["truth"] = story.tokens[end].strip()
+        found.append(row)
         if len(found) == n:
             break
     return found

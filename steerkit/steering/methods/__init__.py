@@ -1,6 +1,7 @@
 """Ways to make a steering vector, one file each. A new one is a file and a line here."""
 
 from steerkit.steering.methods.act_add import ActAdd
+from steerkit.steering.methods.antipasto import AntiPaSTO
 from steerkit.steering.methods.base import METHODS, Method
 from steerkit.steering.methods.bipo import BiPO
 from steerkit.steering.methods.lda import LDA
@@ -18,6 +19,7 @@ __all__ = [
     "METHODS",
     "PCA",
     "ActAdd",
+    "AntiPaSTO",
     "BiPO",
     "Logistic",
     "MeanCentring",
