@@ -8,6 +8,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from test_commands import refused, steerkit
 
+from steerkit.steering import SteeringVector
+
 SITE = "blocks.2.hook_resid_post"
 
 
@@ -84,3 +86,62 @@ def test_bad_input_is_one_clear_line(file, tmp_path):
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(file.read_bytes()[:50])
     assert "damaged" in refused("steer", "inspect", broken)
+
+
+def test_convert_says_what_is_lost_and_comes_back(file, tmp_path):
+    strength = ("--strength", "2")
+    found, _ = steerkit(
+        "steer", "convert", file, "--to", "gguf", "--out", tmp_path / "v.gguf", *strength, "--json"
+    )
+    assert found["from"] == "steerkit"
+    assert ["BOS" in text for text in found["warnings"]] == [True]
+    found, _ = steerkit(
+        "steer", "convert", tmp_path / "v.gguf", "--to", "pt", "--out", tmp_path / "v.pt", "--json"
+    )
+    assert found["where"]["bos"] is True
+    assert ["bare tensor" in text for text in found["warnings"]] == [True]
+    back = tmp_path / "back.safetensors"
+    steerkit("steer", "convert", tmp_path / "v.pt", "--layer", "2", "--to", "steerkit", "--out", back)
+    before, after = SteeringVector.load(file), SteeringVector.load(back)
+    assert after.cosine(before) == pytest.approx(1)
+    assert after.norm == pytest.approx(2 * before.norm)
+
+
+def test_merge_writes_a_model_that_needs_no_hooks(file, tmp_path):
+    out = tmp_path / "merged"
+    merge = ("steer", "merge", "--vector", file, "--strength", "6", "--out", out, "--json")
+    assert "--merge-bos" in refused(*merge)
+    found, _ = steerkit(*merge, "--merge-bos")
+    assert found["path"] == str(out)
+    assert found["config"] == {"mlp_bias": True}
+    assert found["difference"] < 1e-4
+    assert "BOS" in found["notes"][0]
+    prompt = ("--prompt", "Anna is", "--max-new-tokens", "20", "--temperature", "0", "--json")
+    steered, _ = steerkit("steer", "apply", "--vector", file, "--strength", "6", *prompt)
+    plain, _ = steerkit(
+        "steer", "apply", "--model", out, "--vector", file, "--strength", "0", "--other-model", *prompt
+    )
+    assert plain["base"] not in ("", steered["base"])
+    assert "not empty" in refused(*merge, "--merge-bos")
+    steerkit(*merge, "--merge-bos", "--force")
+
+
+def test_bad_conversions_and_merges_are_one_clear_line(file, tmp_path):
+    convert = ("steer", "convert", file, "--out", tmp_path / "x", "--to")
+    assert "Did you mean 'gguf'" in refused(*convert, "ggf")
+    assert "weight_delta edits only" in refused(*convert, "lora")
+    assert "needs no --site" in refused(*convert, "gguf", "--layer", "2")
+    assert not (tmp_path / "x").exists()
+    steerkit(*convert[:-1], "--to", "pt")
+    (tmp_path / "x").rename(tmp_path / "x.pt")
+    assert "--layer" in refused("steer", "merge", "--vector", tmp_path / "x.pt", "--out", tmp_path / "m")
+    assert "does not exist" in refused(
+        "steer", "convert", tmp_path / "y.gguf", "--to", "pt", "--out", tmp_path / "z"
+    )
+    steerkit("steer", "convert", file, "--to", "gguf", "--out", tmp_path / "v.gguf")
+    assert "give --model" in refused(
+        "steer", "merge", "--vector", tmp_path / "v.gguf", "--out", tmp_path / "m"
+    )
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes((tmp_path / "v.gguf").read_bytes()[:300])
+    assert "damaged" in refused("steer", "convert", cut, "--to", "pt", "--out", tmp_path / "z")

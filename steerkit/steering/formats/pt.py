@@ -79,8 +79,8 @@ def read(path: Path, hints: Hints) -> SteeringVector:
     tensor = as_vector(stored, "the tensor", path)
     if hints.site is None:
         found = re.search(r"layer_?(\d+)", path.name)
-        named = f"; its name says layer {found[1]}: --layer {found[1]}?" if found else ""
-        raise InputError(f"{path} does not say where it acts: give --site (or --layer){named}")
+        named = f" Its name says layer {found[1]}: --layer {found[1]}?" if found else ""
+        raise InputError(f"{path} does not say where it acts: give `steer convert` --site or --layer.{named}")
     facts = {} if hints.index is None else {"index": hints.index}
     return built(path, [Add(hints.site, tensor)], Where(), source="pt", **facts)
 
@@ -88,7 +88,7 @@ def read(path: Path, hints: Hints) -> SteeringVector:
 def _row(stored: Tensor, index: int | None, path: Path) -> Tensor:
     n = len(stored)
     if index is None:
-        raise InputError(f"{path} holds {n} vectors, a row each: say which with --index, from 0.")
+        raise InputError(f"{path} holds {n} vectors, a row each: give `steer convert` --index, from 0.")
     if not 0 <= index < n:
         raise InputError(f"{path} has no vector {index}: it holds {n}, from 0.")
     return stored[index]
