@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float
 
 from steerkit.errors import InputError, did_you_mean
-from steerkit.storyworld import ATTRIBUTES, Judge
+from steerkit.storyworld import ATTRIBUTES, Judge, Judgement
 
 
 class Effect(Protocol):
@@ -76,19 +76,17 @@ class StoryAttribute:
         )
 
     def _of(self, judge: Judge, prompt: str, continuation: str) -> float:
+        found = judge.judge(prompt + continuation, start=len(prompt))
         if self.attribute == "honesty":
-            share = share_true(judge, prompt, continuation)
+            share = share_true(judge, found, prompt)
             return share if self.value == "truthful" else 1.0 - share
-        share = judge.judge(prompt + continuation, start=len(prompt)).share(self.attribute, self.value)
-        return float(share > 0.5)
+        return float(found.share(self.attribute, self.value) > 0.5)
 
 
-def share_true(judge: Judge, prompt: str, continuation: str) -> float:
-    """Of the claims in the continuation whose truth is known, the share that is true; NaN without one."""
-    before = len(judge.judge(prompt).claims)
-    known = [
-        claim.true for claim in judge.judge(prompt + continuation).claims[before:] if claim.true is not None
-    ]
+def share_true(judge: Judge, found: Judgement, prompt: str) -> float:
+    """Of a judged text's claims after the prompt whose truth is known, the share that is true; NaN without one."""
+    before = len(judge.judge(prompt).claims) if found.claims else 0
+    known = [claim.true for claim in found.claims[before:] if claim.true is not None]
     return sum(known) / len(known) if known else math.nan
 
 

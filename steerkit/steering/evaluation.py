@@ -60,7 +60,7 @@ class SideEffect:
     """What it would be on average if steering changed nothing: finitely many samples always differ."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measurement:
     """What a change of the model does to the texts it writes. Intervals without a value are NaN."""
 
@@ -105,6 +105,13 @@ class Measurement:
     """The unsteered model's; None for that itself."""
     texts: tuple[tuple[str, str], ...] = field(repr=False)
     """(prompt, continuation) of every sample."""
+
+    def __repr__(self) -> str:
+        broken = f", destroyed: {self.destroyed}" if self.destroyed else ""
+        return (
+            f"Measurement(effect {self.effect} from {self.effect_base.estimate:.3g}, kl {self.kl}, floor {self.floor.estimate:.3g}, "
+            f"perplexity × {self.perplexity_ratio.estimate:.3g}, n = {self.n}{broken})"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the same keys whatever the method; null where there is no value.

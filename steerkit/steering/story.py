@@ -44,7 +44,7 @@ def tally(prompts: Sequence[str], continuations: Sequence[str]) -> StoryTally:
         for name, counts in found.evidence.items():
             for value, count in counts.items():
                 values[name][row, storyworld.ATTRIBUTES[name].index(value)] = count / sum(counts.values())
-        true = share_true(judge, prompt, text)
+        true = share_true(judge, found, prompt)
         if true == true:
             shares = {"truthful": true, "liar": 1 - true}
             values["honesty"][row] = [shares[value] for value in storyworld.ATTRIBUTES["honesty"]]

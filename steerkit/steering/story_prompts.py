@@ -13,7 +13,7 @@ from steerkit.steering.evaluation import Bench
 from steerkit.steering.story import speaks_storyworld
 from steerkit.storyworld.language import Story
 
-MAX_TRIED = 200
+MAX_TRIED = 50
 """Beginnings that are looked at for every one that is wanted."""
 
 
@@ -23,19 +23,22 @@ def story_prompts(
     """`n` different beginnings of StoryWorld's stories after which the attribute seldom has the value, by itself.
 
     Each ends before the attribute is first told, and the grammar's own P(value | beginning) is at most `max_base_rate` and not 0:
-    the value can still come. For `honesty` and `cue` the cue settles it: stories of a liar for `truthful`, stories without a cue
-    for `liar`, up to the first claim. Then the model itself is sampled: InputError if its rate of the value is above
-    `max_base_rate`, as a tuned model's may be, or if there are not enough such beginnings.
+    the value can still come. For `honesty`, which the cue settles, they are stories of a liar for `truthful` and stories without a
+    cue, whose characters tell the truth, for `liar`; they end before the first claim. Then the model itself is sampled: InputError
+    if its rate of the value is above `max_base_rate`, as a tuned model's may be, or if there are not enough such beginnings.
     """
     effect = StoryAttribute(attribute, value)
+    if attribute == "cue":
+        raise InputError("The cue is said before all else: take honesty, which it is about.")
     if not speaks_storyworld(model):
         raise InputError(f"{model.name} does not speak StoryWorld: give prompts of your own.")
     if n < 1 or not 0 < max_base_rate <= 1:
         raise InputError(f"n is {n} and max_base_rate {max_base_rate}: at least 1, and above 0 up to 1.")
     found: dict[str, None] = {}
     for text in itertools.islice(_beginnings(attribute, value, seed), MAX_TRIED * n):
-        rate = _rate(text, attribute, value)
-        if text not in found and rate <= max_base_rate and (rate > 0 or attribute in ("honesty", "cue")):
+        if text not in found and (
+            attribute == "honesty" or 0 < _rate(text, attribute, value) <= max_base_rate
+        ):
             found[text] = None
         if len(found) == n:
             break
@@ -55,14 +58,11 @@ def story_prompts(
 
 
 def _beginnings(attribute: str, value: str, seed: int) -> Iterator[str]:
-    told_by_cue = attribute in ("honesty", "cue")
-    fixed = {}
-    if told_by_cue:
-        fixed = {"cue": "liar" if value in ("truthful", "honest") else "none"}
+    fixed = {"cue": "liar" if value == "truthful" else "none"} if attribute == "honesty" else {}
     for story in storyworld.stream(seed, None, 0, **fixed):
         if story.sentences[0].template.kind in ("instruction", "persona"):
             continue
-        first = _first_claim(story) if told_by_cue else _first(story.mentions(attribute))
+        first = _first_claim(story) if fixed else _first(story.mentions(attribute))
         if first:
             yield "".join(story.tokens[:first])[1:]
 

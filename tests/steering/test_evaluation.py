@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +237,34 @@ def test_any_context_can_be_measured(story):
     by_context = bench.measure_with(lambda: story.steer(vector, strength=2.0))
     assert by_context.to_dict() == bench.measure(vector, 2.0).to_dict()
     assert bench.measure_with(nullcontext).kl.estimate == 0
+
+
+def test_an_adapter_is_measured_against_the_model_without_it():
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    tuned = peft.get_peft_model(build("llama"), config)
+    model = HookedModel.from_pretrained(tuned, tokenizer=words_tokenizer())
+    tuned.base_model.disable_adapter_layers()
+
+    @contextmanager
+    def adapted():
+        tuned.base_model.enable_adapter_layers()
+        try:
+            yield
+        finally:
+            tuned.base_model.disable_adapter_layers()
+
+    found = Bench(model, ["w5 w6", "w7"], Words({"w5"}), max_new_tokens=1).measure_with(adapted)
+    by_hand = []
+    for prompt in ("w5 w6", "w7"):
+        ids = model.tokenizer(prompt)["input_ids"]
+        base = log_probs(model, ids)[-1]
+        with adapted():
+            own = log_probs(model, ids)[-1]
+        by_hand.append(float((own.exp() * (own - base)).sum()))
+    assert found.kl.estimate == pytest.approx(np.mean(by_hand), rel=1e-3)
+    assert found.kl.estimate > 0.01
 
 
 def test_the_end_of_the_text_counts_and_nothing_after_it(story):
@@ -512,8 +540,9 @@ def test_story_prompts_seldom_lead_to_the_value_by_themselves(story, attribute, 
     most = 0.5 if attribute == "tense" else 0.35
     prompts = story_prompts(story, attribute, value, 12, max_base_rate=most)
     assert len(set(prompts)) == 12
-    assert prompts == story_prompts(story, attribute, value, 12, max_base_rate=most)
-    assert prompts != story_prompts(story, attribute, value, 12, max_base_rate=most, seed=1)
+    if attribute == "mood":
+        assert prompts == story_prompts(story, attribute, value, 12)
+        assert prompts != story_prompts(story, attribute, value, 12, seed=1)
     found = Bench(story, prompts, StoryAttribute(attribute, value), samples=3, seed=9).base
     assert found.effect.estimate < most + 0.15
     judged = [storyworld.Judge().judge(prompt) for prompt in prompts]
@@ -531,3 +560,5 @@ def test_story_prompts_that_do_not_exist(story, llama):
         story_prompts(llama, "mood", "happy", 4)
     with pytest.raises(InputError, match="mood"):
         story_prompts(story, "mood", "gleeful", 4)
+    with pytest.raises(InputError, match="honesty"):
+        story_prompts(story, "cue", "liar", 4)
