@@ -109,8 +109,8 @@ class Measurement:
     def __repr__(self) -> str:
         broken = f", destroyed: {self.destroyed}" if self.destroyed else ""
         return (
-            f"Measurement(effect {self.effect} from {self.effect_base.estimate:.3g}, kl {self.kl}, floor {self.floor.estimate:.3g}, "
-            f"perplexity × {self.perplexity_ratio.estimate:.3g}, n = {self.n}{broken})"
+            f"Measurement(effect {self.effect} from {self.effect_base.estimate:.3g}, kl {self.kl}, "
+            f"floor {self.floor.estimate:.3g}, perplexity × {self.perplexity_ratio.estimate:.3g}, n = {self.n}{broken})"
         )
 
     def to_dict(self) -> dict[str, Any]:
