@@ -14,6 +14,7 @@ activations first, and the checkpoint is read back and compared with the steered
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -91,12 +92,9 @@ def merge(
     SteerkitError, and writes nothing, when what was written computes something else.
     """
     out = Path(out)
-    if out.exists() and not (out.is_dir() and (force or not any(out.iterdir()))):
-        raise InputError(
-            f"{out} is not empty: give --out another directory, or --force to replace the model there."
-        )
-    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise InputError(f"{out} holds something else than a model, which is not replaced.")
+    _require_free(out, force)
+    if not math.isfinite(strength):
+        raise InputError(f"strength is {strength}; it must be finite.")
     vector.require_fit(model, other_model=other_model)
     _require_plain(model)
     steered = _at_every_token(vector, bos) * strength
@@ -107,7 +105,7 @@ def merge(
     for edit in steered.edits:
         if not isinstance(edit, (Add, Project, WeightDelta)):
             raise InputError(
-                f"A {edit.name} edit depends on the activations: no weights do what it does at {edit.site}."
+                f"The {edit.name} edit at {edit.site} is none of weights: additions, projections and weight deltas are."
             )
     if {Add, Project} <= kinds:
         raise InputError("Additions and projections in one vector depend on their order: merge one alone.")
@@ -122,6 +120,17 @@ def merge(
     return Merged(out, tuple(sorted(plan.tensors)), plan.settings, difference, tuple(plan.notes))
 
 
+def _require_free(out: Path, force: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / "config.json").is_file():
+        raise InputError(f"{out} holds something else than a model: give --out another directory.")
+    if not force:
+        raise InputError(
+            f"{out} is not empty: give --out another directory, or --force to replace the model."
+        )
+
+
 def _require_plain(model: HookedModel) -> None:
     plain: Any = model.model
     if hasattr(plain, "peft_config"):
@@ -132,6 +141,8 @@ def _require_plain(model: HookedModel) -> None:
         raise InputError(
             f"{model.name} is a {type(plain).__name__}: only Hugging Face models can be merged into."
         )
+    if any(parameter.is_meta for parameter in plain.parameters()):
+        raise InputError(f"Some of {model.name} is offloaded: load it without device_map to merge into it.")
     if getattr(plain.config, "quantization_config", None) is not None:
         raise InputError(f"{model.name} is quantised: merge into the model that it was made from.")
 
@@ -362,7 +373,7 @@ def _write(plan: _Plan, steered: SteeringVector, out: Path) -> float:
     state = dict(plain.state_dict())
     for name, tensor in plan.tensors.items():
         like = state.get(name, next(plain.parameters()))
-        state[name] = tensor.to(like.dtype).contiguous()
+        state[name] = tensor.to(like).contiguous()
     with quiet():
         with torch.device("meta"):
             shell = type(plain)(plan.config)

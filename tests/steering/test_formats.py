@@ -475,6 +475,7 @@ BAD_PT = {
     "names": ({"weight": normal(D)}, "no number of a layer"),
     "matrices": ({1: normal(2, D)}, "no vector"),
     "twice": ({1: normal(D), "1": normal(D)}, "two vectors"),
+    "widths": ({1: normal(D), 2: normal(D + 1)}, "8 and 9 wide"),
     "complex": (torch.zeros(D, dtype=torch.complex64), "no vector"),
 }
 
@@ -778,8 +779,9 @@ def test_formats_are_known_by_their_files(tmp_path, llama):
         if name != "pt":
             with pytest.raises(InputError, match="needs no --site"):
                 load_any(path, site=post(1))
-    (tmp_path / "no_suffix").write_bytes((tmp_path / "gguf.gguf").read_bytes())
-    assert format_of(tmp_path / "no_suffix") == "gguf"
+    for name, end in suffix.items():
+        (tmp_path / "no_suffix").write_bytes((tmp_path / f"{name}{end}").read_bytes())
+        assert format_of(tmp_path / "no_suffix") == name
 
 
 def test_bad_paths_are_one_clear_line(tmp_path):
@@ -790,6 +792,12 @@ def test_bad_paths_are_one_clear_line(tmp_path):
             load_any(path)
     with pytest.raises(InputError, match="Did you mean 'gguf'"):
         export(additions(1), "ggf", tmp_path / "x")
+    with pytest.raises(InputError, match="finite"):
+        export(additions(1), "gguf", tmp_path / "x", strength=float("inf"))
+    with pytest.raises(InputError, match="is a directory"):
+        export(additions(1), "gguf", tmp_path)
+    with pytest.raises(InputError, match="not empty"):
+        export(SteeringVector((OTHERS["low_rank"],)), "pyreft", Path(__file__), force=True)
     with pytest.raises(InputError, match="counted from 0"):
         load_any(dump(normal(D), tmp_path / "v.pt"), layer=-1)
 

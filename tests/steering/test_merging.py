@@ -275,12 +275,14 @@ def test_what_weights_cannot_do_is_refused(tmp_path):
         Clamp("blocks.1.hook_resid_post", normal(32)),
         LowRank("blocks.1.hook_resid_post", normal(2, 32), normal(2, 32), normal(2)),
     ):
-        with pytest.raises(InputError, match=f"A {edit.name} edit depends"):
+        with pytest.raises(InputError, match=f"The {edit.name} edit"):
             merge(model, SteeringVector((edit,), where=EVERY_TOKEN), 1.0, out)
     with pytest.raises(InputError, match="16 wide"):
         merge(
             model, SteeringVector((Add("blocks.1.hook_resid_post", normal(16)),), where=EVERY_TOKEN), 1.0, out
         )
+    with pytest.raises(InputError, match="finite"):
+        merge(model, plain, float("nan"), out)
     with pytest.raises(SiteError, match="No weight alone"):
         merge(model, adding(model, "ln_final"), 1.0, out)
     wrong = WeightDelta("model.layers.1.mlp.down_proj", normal(2, 9), normal(32, 2))
@@ -312,9 +314,9 @@ def test_nothing_is_overwritten_but_a_model_when_forced(tmp_path):
     other = tmp_path / "mine"
     other.mkdir()
     (other / "thesis.txt").write_text("…")
-    for force in (False, True):
-        with pytest.raises(InputError, match="something else" if force else "not empty"):
-            merge(model, vector, 1.0, other, force=force)
+    for place in (other, other / "thesis.txt"):
+        with pytest.raises(InputError, match="something else"):
+            merge(model, vector, 1.0, place, force=True)
     assert [file.name for file in other.iterdir()] == ["thesis.txt"]
 
 

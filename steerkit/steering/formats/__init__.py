@@ -19,6 +19,7 @@ A latent of an SAE needs no format of its own: see `steering.add_latents`. A for
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from steerkit.errors import InputError, did_you_mean
@@ -75,14 +76,22 @@ def export(
             f"There is no format {to!r}.{did_you_mean(to, FORMATS)} There are {', '.join(FORMATS)}."
         )
     out = Path(out)
-    if out.is_dir() and any(out.iterdir()):
-        replaceable = force and any(FORMATS[name].recognises(out) for name in ("pyreft", "lora"))
-        if not replaceable:
-            raise InputError(f"{out} is not empty: give --out another place.")
+    _require_free(out, FORMATS[to], force)
+    if not math.isfinite(strength):
+        raise InputError(f"strength is {strength}; it must be finite.")
     if strength != 1.0:
         vector = vector * strength
     FORMATS[to].write(vector, out)
     return out
+
+
+def _require_free(out: Path, format: Format, force: bool) -> None:
+    if out.is_dir() and not format.directory:
+        raise InputError(f"{out} is a directory, and {format.name} is a file: give --out another place.")
+    if not format.directory or not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (force and any(other.directory and other.recognises(out) for other in FORMATS.values())):
+        raise InputError(f"{out} is not empty: give --out another directory.")
 
 
 def format_of(path: str | Path) -> str:

@@ -47,6 +47,16 @@ class Format:
     write: Callable[[SteeringVector, Path], Any]
     takes: frozenset[str] = field(default_factory=frozenset)
     """The hints that it has use for."""
+    directory: bool = False
+    """Whether it is a directory rather than a file."""
+
+
+def begins(path: Path, bytes_: bytes, at: int = 0) -> bool:
+    """Whether a file has these bytes there."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(at + len(bytes_))[at:] == bytes_
 
 
 def lose(what: str) -> None:

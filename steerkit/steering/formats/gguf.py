@@ -23,6 +23,7 @@ from steerkit.steering.formats.base import (
     EVERY_TOKEN,
     Format,
     Hints,
+    begins,
     block_of,
     built,
     directions,
@@ -244,10 +245,7 @@ class _Reader:
 
 
 def recognises(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == MAGIC or path.suffix == ".gguf"
+    return path.is_file() and (path.suffix == ".gguf" or begins(path, MAGIC))
 
 
 FORMAT = Format("gguf", recognises, read, write)

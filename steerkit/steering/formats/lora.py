@@ -144,4 +144,4 @@ def recognises(path: Path) -> bool:
     return path.is_dir() and (path / SETTINGS).is_file()
 
 
-FORMAT = Format("lora", recognises, read, write)
+FORMAT = Format("lora", recognises, read, write, directory=True)

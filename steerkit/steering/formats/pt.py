@@ -25,6 +25,7 @@ from steerkit.steering.formats.base import (
     Format,
     Hints,
     as_vector,
+    begins,
     block_of,
     built,
     directions,
@@ -130,6 +131,9 @@ def _additions(layers: Mapping[Any, Any], kind: str, path: Path | str) -> list[A
         found[block] = as_vector(value, f"the vector of layer {block}", path)
     if not found:
         raise CheckpointError(f"{path} holds no vector.")
+    widths = sorted({len(vector) for vector in found.values()})
+    if len(widths) > 1:
+        raise CheckpointError(f"{path} is damaged: its vectors are {widths[0]} and {widths[-1]} wide.")
     return [Add(f"blocks.{block}.{_LAYER_TYPES[kind]}", found[block]) for block in sorted(found)]
 
 
@@ -145,7 +149,7 @@ def _block(key: Any, path: Path | str) -> int:
 
 
 def recognises(path: Path) -> bool:
-    return path.is_file() and path.suffix in (".pt", ".pth", ".bin")
+    return path.is_file() and (path.suffix in (".pt", ".pth", ".bin") or begins(path, b"PK"))
 
 
 FORMAT = Format("pt", recognises, read, write, frozenset({"site", "index"}))

@@ -6,7 +6,7 @@
 
 All of them are a `LowRank` edit, and any such edit is a Loreft. The class is known by its name, as config.json has it.
 The files do not say which tokens are steered: give pyreft's `f7+l7`. (The last 7 of pyreft's own data sets are the 7 before the
-prompt's last.) Wu et al. 2024, https://arxiv.org/abs/2404.03592, https://github.com/stanfordnlp/pyreft.
+prompt's last. Its loader makes W and b bfloat16.) Wu et al. 2024, https://arxiv.org/abs/2404.03592, https://github.com/stanfordnlp/pyreft.
 """
 
 from __future__ import annotations
@@ -205,4 +205,4 @@ def recognises(path: Path) -> bool:
     return path.is_dir() and any(path.glob("intkey_*.bin"))
 
 
-FORMAT = Format("pyreft", recognises, read, write, frozenset({"positions"}))
+FORMAT = Format("pyreft", recognises, read, write, frozenset({"positions"}), directory=True)

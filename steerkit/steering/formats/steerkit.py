@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from steerkit.steering.formats.base import Format, Hints
+from steerkit.steering.formats.base import Format, Hints, begins
 from steerkit.steering.vector import SteeringVector
 
 
@@ -13,7 +13,7 @@ def read(path: Path, hints: Hints) -> SteeringVector:
 
 
 def recognises(path: Path) -> bool:
-    return path.is_file() and path.suffix == ".safetensors"
+    return path.is_file() and (path.suffix == ".safetensors" or begins(path, b"{", at=8))
 
 
 FORMAT = Format("steerkit", recognises, read, SteeringVector.save)
