@@ -6,6 +6,7 @@ with model.steer(vector, strength=4.0):
     model.generate("Anna", max_new_tokens=40)
 """
 
+from steerkit.steering.detection import Detection, detect
 from steerkit.steering.edits import (
     Add,
     AddMatrix,
@@ -17,7 +18,7 @@ from steerkit.steering.edits import (
     SingularRotate,
     WeightDelta,
 )
-from steerkit.steering.effects import Effect, Scored, StoryAttribute, Words
+from steerkit.steering.effects import Effect, Rated, Scored, StoryAttribute, Words, harmonic_mean
 from steerkit.steering.evaluation import Bench, Measurement
 from steerkit.steering.features import ablate_latents, add_latents, clamp_latents
 from steerkit.steering.fitting import fit
@@ -40,6 +41,7 @@ __all__ = [
     "Constant",
     "Custom",
     "Decay",
+    "Detection",
     "Edit",
     "Effect",
     "LowRank",
@@ -50,6 +52,7 @@ __all__ = [
     "Pairs",
     "Project",
     "Propensity",
+    "Rated",
     "Rotate",
     "Scored",
     "SingularRotate",
@@ -63,10 +66,12 @@ __all__ = [
     "ablate_latents",
     "add_latents",
     "clamp_latents",
+    "detect",
     "export",
     "fit",
     "from_repeng",
     "from_steering_vectors",
+    "harmonic_mean",
     "load_any",
     "load_pairs",
     "merge",

@@ -90,6 +90,8 @@ class Measurement:
     """Different 2-grams among all 2-grams of a prompt's samples."""
     grammaticality: Interval
     """StoryWorld: share of the finished sentences that are grammatical."""
+    consistency: Interval
+    """StoryWorld: share of the texts, prompt included, that contradict themselves in no attribute but that of the effect."""
     side_effects: dict[str, SideEffect]
     """StoryWorld: every attribute but that of the effect."""
     propensity: dict[str, Interval]
@@ -117,8 +119,9 @@ class Measurement:
         """Plain data, the same keys whatever the method; null where there is no value.
 
         effect, effect_ci, effect_base, change, change_ci, known; kl, kl_ci (nats a sequence), kl_per_token, kl_p95, floor, cost;
-        perplexity_ratio, repetition, repetition_base, distinct_2, distinct_2_base, grammaticality, grammaticality_base;
-        side_effects: {attribute: {tv, tv_ci, null}}; propensity: {quantity: {estimate, ci}}; destroyed; n, n_prompts, n_tokens.
+        perplexity_ratio, repetition, repetition_base, distinct_2, distinct_2_base; grammaticality, grammaticality_base,
+        consistency, consistency_base; side_effects: {attribute: {tv, tv_ci, null}}; propensity: {quantity: {estimate, ci}};
+        destroyed; n, n_prompts, n_tokens.
         """
         base = self.base or self
         return jsonable(
@@ -142,6 +145,8 @@ class Measurement:
                 "distinct_2_base": base.distinct_2.estimate,
                 "grammaticality": self.grammaticality.estimate,
                 "grammaticality_base": base.grammaticality.estimate,
+                "consistency": self.consistency.estimate,
+                "consistency_base": base.consistency.estimate,
                 "side_effects": {
                     name: {"tv": found.tv.estimate, "tv_ci": _ends(found.tv), "null": found.null}
                     for name, found in self.side_effects.items()
@@ -195,6 +200,7 @@ class Bench:
         self._ids = encode_prompts(model, self.prompts)
         self._group = np.unique(self.prompts, return_inverse=True)[1]
         self._judged = speaks_storyworld(model)
+        self._meant = effect.attribute if isinstance(effect, StoryAttribute) else None
 
     @cached_property
     def base(self) -> Measurement:
@@ -293,7 +299,7 @@ class Bench:
             ),
             repetition=group_sums(np.array([repeated(row, 4) for row in rows]), group),
             distinct=np.array([different(by_prompt[i], 2) for i in sorted(by_prompt)], dtype=np.float64),
-            story=_grouped(tally(prompts, texts), group) if self._judged else None,
+            story=_grouped(tally(prompts, texts, self._meant), group) if self._judged else None,
         )
 
     def _text(self, before: Ids, new: Ids) -> str:
@@ -346,6 +352,7 @@ class Bench:
             repetition=repetition,
             distinct_2=interval(own.distinct, of=_ratio),
             grammaticality=interval(own.story.grammar, of=_ratio) if own.story else UNKNOWN,
+            consistency=interval(own.story.consistent, of=_ratio) if own.story else UNKNOWN,
             side_effects=self._side_effects(own, base) if fine else {},
             propensity={name: _rate(sums, False, self.seed) for name, sums in own.propensity.items()}
             if fine
@@ -361,11 +368,10 @@ class Bench:
     def _side_effects(self, own: _Tally, base: _Tally) -> dict[str, SideEffect]:
         if own.story is None or base.story is None:
             return {}
-        meant = self.effect.attribute if isinstance(self.effect, StoryAttribute) else None
         return {
             name: total_variation(own.story.values[name], base.story.values[name], self.seed)
             for name in READ
-            if name != meant
+            if name != self._meant
         }
 
 
@@ -448,6 +454,7 @@ class _Tally:
 def _grouped(story: StoryTally, group: Int[np.ndarray, " n"]) -> StoryTally:
     return StoryTally(
         group_sums(story.grammar, group),
+        group_sums(story.consistent, group),
         {name: group_sums(rows, group) for name, rows in story.values.items()},
     )
 

@@ -23,6 +23,8 @@ class StoryTally:
 
     grammar: Float[np.ndarray, "n 2"]
     """Grammatical sentences, sentences."""
+    consistent: Float[np.ndarray, "n 2"]
+    """1 where prompt and continuation contradict each other and themselves in nothing else than what is meant; 1."""
     values: dict[str, Float[np.ndarray, "n k"]]
     """Attribute -> the share of what the text says of it that says each of its values; zeros where it says nothing."""
 
@@ -32,15 +34,17 @@ def speaks_storyworld(model: HookedModel) -> bool:
     return model.tokenizer is not None and set(vocabulary()) <= set(model.tokenizer.get_vocab())
 
 
-def tally(prompts: Sequence[str], continuations: Sequence[str]) -> StoryTally:
-    """Judge what follows each prompt."""
+def tally(prompts: Sequence[str], continuations: Sequence[str], meant: str | None = None) -> StoryTally:
+    """Judge what follows each prompt; `meant` is the attribute that is steered."""
     judge = storyworld.Judge()
     grammar = np.zeros((len(prompts), 2))
+    consistent = np.ones((len(prompts), 2))
     values = {name: np.zeros((len(prompts), len(storyworld.ATTRIBUTES[name]))) for name in READ}
     for row, (prompt, text) in enumerate(zip(prompts, continuations, strict=True)):
         found = judge.judge(prompt + text, start=len(prompt))
         finished = [s.grammatical for s in found.sentences if s.end > len(prompt)]
         grammar[row] = sum(finished), len(finished)
+        consistent[row, 0] = all(violation.attribute == meant for violation in found.contradictions)
         for name, counts in found.evidence.items():
             for value, count in counts.items():
                 values[name][row, storyworld.ATTRIBUTES[name].index(value)] = count / sum(counts.values())
@@ -48,4 +52,4 @@ def tally(prompts: Sequence[str], continuations: Sequence[str]) -> StoryTally:
         if true == true:
             shares = {"truthful": true, "liar": 1 - true}
             values["honesty"][row] = [shares[value] for value in storyworld.ATTRIBUTES["honesty"]]
-    return StoryTally(grammar, values)
+    return StoryTally(grammar, consistent, values)

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from steerkit import HookedModel, storyworld
 from steerkit.errors import InputError
 from steerkit.steering import (
     Bench,
+    Condition,
     Decay,
     Propensity,
     Scored,
@@ -32,10 +34,12 @@ from steerkit.steering import (
 from steerkit.steering.effects import Rated, apply_effect, harmonic_mean
 from steerkit.steering.evaluation import binary_kl, different, repeated, total_variation
 from steerkit.steering.sampling import _Draws, _generated, _stepwise, divergence, encode_prompts, sample
+from steerkit.steering.story import tally
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from core.families import build
 
+STORIES = Path(__file__).parents[2].parent / "shared/models/stories260k"
 SITE = "blocks.1.hook_resid_post"
 PROMPTS = ["Anna is a", "This is the story of Tom, a", "There was a", "On Monday, Tom walks to the"]
 HAPPY = StoryAttribute("mood", "happy")
@@ -182,6 +186,28 @@ def test_the_distributions_are_those_that_generation_had(case, where):
         token = torch.tensor(new)[:, None]
         np.testing.assert_allclose(scores.own[here], own.gather(1, token)[:, 0], rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(scores.base[here], base.gather(1, token)[:, 0], rtol=1e-3, atol=1e-4)
+
+
+def test_where_a_condition_fails_there_is_no_divergence(story):
+    prompts = ["Anna is a happy girl. Anna smiles. She is a", "Tom is a sad fox. He weeps. Tom"]
+    condition = fit(story, load_pairs("storyworld:mood=happy", n=100), site=SITE).directions[SITE]
+    means = []
+    for prompt in prompts:
+        acts = story.activations([prompt], [SITE], drop_sinks=False)[SITE].mean(0)
+        means.append(float(torch.cosine_similarity(acts, condition, dim=0)))
+    assert means[0] > means[1]
+    direction = torch.randn(story.d_model, generator=torch.Generator().manual_seed(3))
+    vector = replace(
+        SteeringVector.add({SITE: direction}), condition=Condition(SITE, condition, sum(means) / 2)
+    )
+
+    def steered(lengths):
+        return story.steer(vector, strength=2.0, prompt_lengths=list(lengths))
+
+    drawn = sample(story, encode_prompts(story, prompts), steered, samples=3, max_new_tokens=6)
+    kl = np.bincount(divergence(story, drawn, steered).row, weights=divergence(story, drawn, steered).kl)
+    assert (kl[:3] > 0.01).all()
+    assert (kl[3:] < 1e-9).all()
 
 
 def test_strength_zero_costs_nothing_and_draws_the_same_texts(case):
@@ -458,8 +484,47 @@ def test_prompting_has_its_effect_at_no_less_than_the_floor(story):
     assert tense.tv.estimate > 3 * tense.null
     assert "mood" not in found.side_effects
     assert found.grammaticality.estimate > 0.9
+    assert (
+        found.consistency.estimate < bench.base.consistency.estimate
+    )  # the prompts are in the present tense, too
     assert found.to_dict().keys() >= KEYS
     assert found.to_dict()["n"] == len(found.texts) == 64
+
+
+def test_a_text_that_contradicts_its_prompt_is_not_consistent():
+    prompt = "Tom is a happy fox. On Monday, Tom walks to the park in the wind. Tom"
+    assert storyworld.Judge().judge(prompt).grammatical == 1
+    texts = [
+        " weeps sadly.",
+        " smiles happily. On Tuesday, Tom walks to the park in the wind.",
+        " smiles happily.",
+    ]
+    assert tally([prompt] * 3, texts).consistent.tolist() == [[0, 1], [0, 1], [1, 1]]
+    assert tally([prompt] * 3, texts, meant="mood").consistent.tolist() == [[1, 1], [0, 1], [1, 1]]
+    found = tally([prompt] * 2, [" smiles happily. Zzz zzz. Tom", ""])
+    assert found.grammar.tolist() == [[1, 2], [0, 0]]
+    assert found.values["mood"].sum(1).tolist() == [1, 0]
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason=f"needs the TinyStories Llama in {STORIES}")
+def test_a_real_model_is_made_to_speak_of_dogs():
+    model = HookedModel.from_pretrained(STORIES)
+    nouns = [("dog", "tree"), ("puppy", "flower"), ("dog", "ball"), ("dog", "car")]
+    texts = [
+        (f"Once upon a time, there was a {a}. The {a}", f"Once upon a time, there was a {b}. The {b}")
+        for a, b in nouns
+    ]
+    vector = fit(model, texts, site="blocks.3.hook_resid_post")
+    prompts = ["One day, Tim and his", "Lily saw a big", "Once upon a time, there was a"]
+    bench = Bench(model, prompts, Words({"dog", "puppy", "dogs"}), samples=8)
+    found = bench.measure(vector, 2.0)
+    assert found.change.low > 0.2
+    assert found.kl.estimate > found.floor.estimate
+    assert bench.base.perplexity_ratio.estimate == 1
+    assert found.perplexity_ratio.estimate > 1
+    assert found.side_effects == {}
+    assert math.isnan(found.grammaticality.estimate)
+    assert all(text[0] in " ,.'" or text[0].islower() for _, text in found.texts)
 
 
 def test_unknown_samples_do_not_count(story):
