@@ -63,7 +63,7 @@ def extract(
 
 
 def apply(
-    vector: Annotated[Path, typer.Option("--vector", "-v", help="A file of `steer extract`.")],
+    vector: Annotated[Path, typer.Option("--vector", "-v", help="A steering vector in any format.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to go on from.")],
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="The model; the one of the vector by default.")
@@ -87,7 +87,7 @@ def apply(
     """Go on from a prompt, unsteered and steered side by side."""
     import torch
 
-    loaded = SteeringVector.load(vector)
+    loaded = load_any(vector)
     if where is not None and where not in WHERES:
         raise InputError(f"--where is {where!r}; it is {', '.join(WHERES)}.")
     if temperature < 0:
@@ -226,12 +226,12 @@ def _number(text: str) -> float:
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A file of `steer extract`.")],
+    file: Annotated[Path, typer.Argument(help="A steering vector in any format.")],
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """What a steering vector does, and where it came from."""
-    vector = SteeringVector.load(file)
+    vector = load_any(file)
     found = _described(vector)
     for edit in found["edits"]:
         norm = "" if edit["norm"] is None else f", norm {edit['norm']:.4g}"

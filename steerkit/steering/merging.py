@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,13 +28,15 @@ from torch import Tensor, nn
 from steerkit.errors import InputError, SiteError, SteerkitError
 from steerkit.loading import quiet
 from steerkit.models import HookedModel
-from steerkit.runs import atomic_path
+from steerkit.runs import atomic_path, write_json
 from steerkit.sites import probe_ids
 from steerkit.steering.edits import Add, Project, WeightDelta
 from steerkit.steering.vector import SteeringVector
 from steerkit.steering.where import Where
 
 EVERY_TOKEN = Where(bos=True)
+RECORD = "steering.json"
+"""What was merged, and where it came from; Hugging Face does not read it."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,17 @@ def merge(
             _merge_projections(plan, [edit for edit in steered.edits if isinstance(edit, Project)])
         with atomic_path(out) as temporary:
             difference = _write(plan, steered, temporary)
-    return Merged(out, tuple(sorted(plan.tensors)), plan.settings, difference, tuple(plan.notes))
+            merged = Merged(out, tuple(sorted(plan.tensors)), plan.settings, difference, tuple(plan.notes))
+            write_json(temporary / RECORD, _record(model, vector, strength, merged))
+    return merged
+
+
+def _record(model: HookedModel, vector: SteeringVector, strength: float, merged: Merged) -> dict[str, Any]:
+    """Where the checkpoint came from."""
+    edits = [{"kind": edit.name, "site": edit.site, "scale": edit.scale} for edit in vector.edits]
+    came_from = {"model": model.name, "revision": model.revision, "strength": strength, "edits": edits}
+    done = {"changed": merged.changed, "config": merged.config, "notes": merged.notes}
+    return {**came_from, "vector": vector.provenance, **done, "difference": merged.difference}
 
 
 def _require_free(out: Path, force: bool) -> None:
@@ -319,7 +331,10 @@ def _merge_projections(plan: _Plan, edits: Sequence[Project]) -> None:
         for kind in ("attn.hook_z", "mlp.hook_post"):
             path = model.site(f"blocks.{block}.{kind}").path
             writers[path] = plan.plain.get_submodule(path)
-    project: Callable[[Tensor], Tensor] = lambda h: h - h @ projector.to(h)  # noqa: E731
+
+    def project(h: Tensor) -> Tensor:
+        return h - h @ projector.to(h)
+
     ids = _probe(model)
     at_sites = _output(model, ids, dict.fromkeys(needed, project))
     with ExitStack() as stack:

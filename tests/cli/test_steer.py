@@ -100,6 +100,8 @@ def test_convert_says_what_is_lost_and_comes_back(file, tmp_path):
     )
     assert found["where"]["bos"] is True
     assert ["bare tensor" in text for text in found["warnings"]] == [True]
+    seen, _ = steerkit("steer", "inspect", tmp_path / "v.gguf", "--json")
+    assert seen["edits"] == found["edits"]
     back = tmp_path / "back.safetensors"
     steerkit("steer", "convert", tmp_path / "v.pt", "--layer", "2", "--to", "steerkit", "--out", back)
     before, after = SteeringVector.load(file), SteeringVector.load(back)
