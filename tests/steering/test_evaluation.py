@@ -228,7 +228,7 @@ def test_sampled_log_ratios_agree_with_it(story):
         return story.steer(vector, strength=24.0, prompt_lengths=list(lengths))
 
     prompts = encode_prompts(story, PROMPTS)
-    drawn = sample(story, prompts, steered, samples=100, max_new_tokens=12)
+    drawn = sample(story, prompts, steered, samples=60, max_new_tokens=10)
     scores = divergence(story, drawn, steered)
     excess = np.bincount(scores.row, weights=scores.own - scores.base - scores.kl)
     assert np.bincount(scores.row, weights=scores.kl).mean() > 0.1
@@ -239,7 +239,7 @@ def test_neither_batch_size_nor_padding_changes_it(case):
     model, prompts, vector = case
     effect = Words({"w5", "happy"})
     together, alone = (
-        Bench(model, prompts, effect, max_new_tokens=8, samples=3, batch_size=size).measure(vector, 2.0)
+        Bench(model, prompts, effect, max_new_tokens=6, samples=2, batch_size=size).measure(vector, 2.0)
         for size in (64, 1)
     )
     assert together.texts == alone.texts
@@ -296,15 +296,15 @@ def test_an_adapter_is_measured_against_the_model_without_it():
 def test_the_end_of_the_text_counts_and_nothing_after_it(story):
     (told,) = storyworld.sample(1, seed=5)
     prompt = "".join(told.tokens[:-3])[1:]
-    bench = Bench(story, [prompt, prompt + " "], HAPPY, samples=20, max_new_tokens=30)
+    bench = Bench(story, [prompt], HAPPY, samples=8, max_new_tokens=24)
     eos = story.tokenizer.eos_token_id
     drawn = sample(
-        story, encode_prompts(story, [prompt]), lambda n: nullcontext(), samples=20, max_new_tokens=30
+        story, encode_prompts(story, [prompt]), lambda n: nullcontext(), samples=20, max_new_tokens=24
     )
     ended = [new for new in drawn.new if eos in new]
     assert len(ended) > 10
     assert all(new.index(eos) == len(new) - 1 for new in ended)
-    assert bench.base.n_tokens < 40 * 30
+    assert bench.base.n_tokens < 8 * 24
     assert all("</s>" not in text for _, text in bench.base.texts)
 
 
@@ -404,7 +404,7 @@ def test_bad_settings(story, settings, said):
 
 def test_bad_input(story):
     with pytest.raises(InputError, match="context"):
-        Bench(story, PROMPTS, HAPPY, max_new_tokens=300).base  # noqa: B018
+        Bench(story, PROMPTS, HAPPY, max_new_tokens=240).base  # noqa: B018
     with pytest.raises(InputError, match="no language-model head"):
         Bench(HookedModel.from_pretrained(build("llama").model, tokenizer=words_tokenizer()), ["w5"], HAPPY)
     with pytest.raises(InputError, match="tokenizer"):
@@ -608,7 +608,7 @@ def test_story_prompts_seldom_lead_to_the_value_by_themselves(story, attribute, 
     if attribute == "mood":
         assert prompts == story_prompts(story, attribute, value, 12)
         assert prompts != story_prompts(story, attribute, value, 12, seed=1)
-    found = Bench(story, prompts, StoryAttribute(attribute, value), samples=3, seed=9).base
+    found = Bench(story, prompts, StoryAttribute(attribute, value), samples=2, seed=9).base
     assert found.effect.estimate < most + 0.15
     judged = [storyworld.Judge().judge(prompt) for prompt in prompts]
     if attribute == "honesty":
