@@ -404,7 +404,7 @@ def test_bad_settings(story, settings, said):
 
 def test_bad_input(story):
     with pytest.raises(InputError, match="context"):
-        Bench(story, PROMPTS, HAPPY, max_new_tokens=240).base  # noqa: B018
+        Bench(story, PROMPTS, HAPPY, max_new_tokens=300).base  # noqa: B018
     with pytest.raises(InputError, match="no language-model head"):
         Bench(HookedModel.from_pretrained(build("llama").model, tokenizer=words_tokenizer()), ["w5"], HAPPY)
     with pytest.raises(InputError, match="tokenizer"):
