@@ -10,6 +10,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,10 +71,19 @@ class HuggingFaceBackend:
     def embeddings(self) -> Any:
         return self.inner.get_input_embeddings()
 
-    @property
+    @cached_property
     def trunk(self) -> nn.Module:
         """What every forward goes through, with token ids, mask and cache as its arguments."""
-        return self.base
+        if self.base is self.inner or self.is_encoder_decoder:
+            return self.base
+        ran: list[bool] = []
+        handle = self.base.register_forward_pre_hook(lambda module, args: ran.append(True))
+        try:
+            with torch.no_grad(), evaluating(self.model):
+                self.inner(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+        finally:
+            handle.remove()
+        return self.base if ran else self.base.get_decoder()  # OPT's head calls the decoder inside directly
 
     def embedding_weight(self) -> Tensor:
         return self.embeddings.weight

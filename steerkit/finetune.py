@@ -101,14 +101,15 @@ def optimise(
     loss: Callable[[list[T]], Tensor],
     config: OptimiseConfig,
     *,
+    before_step: Callable[[], Any] | None = None,
     after_step: Callable[[], Any] | None = None,
     title: str = "training",
     quiet: bool = True,
 ) -> list[float]:
     """Train `parameters` so that `loss`, of a batch of examples, is small; the losses, step by step.
 
-    `after_step` is called after each, for constraints. Raises InputError without examples, NumericsError – before the step has
-    changed anything – when the loss is NaN or infinite.
+    `before_step`, with the gradients there, and `after_step` are for constraints. Raises InputError without examples,
+    NumericsError – before the step has changed anything – when the loss is NaN or infinite.
     """
     if not examples:
         raise InputError("There are no examples to train on.")
@@ -127,6 +128,9 @@ def optimise(
                 )
             optimiser.zero_grad(set_to_none=True)
             value.backward()
+            if before_step is not None:
+                with torch.no_grad():
+                    before_step()
             nn.utils.clip_grad_norm_(trained, config.clip)
             for group in optimiser.param_groups:
                 group["lr"] = config.lr * config.factor(step, n_steps)

@@ -17,8 +17,9 @@ from steerkit.steering import METHODS, SteeringVector, Where, export, fit, load_
 from steerkit.steering import merge as merge_weights
 from steerkit.steering.fitting import get
 from steerkit.steering.formats import FORMATS, ConversionWarning, format_of
-from steerkit.steering.sweep import SweepConfig
+from steerkit.steering.sweep import SweepConfig, default_sites
 from steerkit.steering.sweep import sweep as run_sweep
+from steerkit.steering.sweep_report import write_report
 from steerkit.steering.tasks import make_task
 
 WHERES = {
@@ -183,13 +184,16 @@ def sweep_vectors(
     settings = build(SweepConfig, values)
     hooked = load_model(model or "storyworld", device, dtype)
     if quick and not settings.sites:
-        settings = replace(settings, sites=(f"blocks.{(hooked.n_layers - 1) // 2}.hook_resid_post",))
+        everywhere = default_sites(hooked)[-1]
+        settings = replace(
+            settings, sites=(f"blocks.{(hooked.n_layers - 1) // 2}.hook_resid_post", everywhere)
+        )
     task = make_task(
         hooked,
         pairs,
         effect=effect,
         prompts=prompts,
-        n_prompts=n_prompts or (60 if quick else 150),
+        n_prompts=n_prompts or (90 if quick else 180),
         seed=settings.seed,
     )
     result = run_sweep(
@@ -204,6 +208,7 @@ def sweep_vectors(
         resume=resume,
         quiet=quiet,
     )
+    write_report(result, out / "report.html")
     for name, record in sorted(result.best.items(), key=lambda item: -(item[1].get("effect") or -1.0)):
         told = record.get("reason") or (
             f"{record['effect']:.3f} ({record['effect_base']:.3f} unsteered) at strength {record['strength']:.3g}, "

@@ -6,6 +6,7 @@ with model.steer(vector, strength=4.0):
     model.generate("Anna", max_new_tokens=40)
 """
 
+from steerkit.steering.conditions import fit_condition
 from steerkit.steering.detection import Detection, detect
 from steerkit.steering.edits import (
     Add,
@@ -69,6 +70,7 @@ __all__ = [
     "detect",
     "export",
     "fit",
+    "fit_condition",
     "from_repeng",
     "from_steering_vectors",
     "harmonic_mean",

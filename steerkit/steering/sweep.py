@@ -1,7 +1,7 @@
 """Steering methods compared at equal divergence: fitted on pairs, chosen on some prompts, told on others.
 
     result = sweep(model, pairs, effect, validation, test, out="runs/happy")
-    result.best["mean_diff"], result.results
+    result.best["mean_diff"], result.results;   write_report(result, "runs/happy/report.html")
 
 For every method the strengths are sought at which KL(steered ‖ base), in nats a sequence, is what `SweepConfig.kl_targets` asks: at
 the site that does best at the middle of them, all on the validation prompts. There, too, the best strength within the KL budget
@@ -48,7 +48,7 @@ class SweepConfig:
     methods: tuple[str, ...] = ()
     """Names of methods; empty: all that fit the model."""
     sites: tuple[str, ...] = ()
-    """Sites, each tried by itself; several joined by `+` are one candidate. Empty: after every second block, and all of those."""
+    """Sites, each tried by itself; several joined by `+` are one. Empty: after every second block, and after all of them."""
     shuffled: tuple[str, ...] = ("mean_diff",)
     """Methods that are also fitted on pairs with shuffled sides."""
     kl_targets: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
@@ -118,13 +118,11 @@ def sweep(
     resume: bool = False,
     quiet: bool = True,
 ) -> SweepResult:
-    """Fit, calibrate, choose and test; writes OUT/report.html, summary.json, metrics.jsonl and vectors/*.safetensors.
+    """Fit, calibrate, choose and test; writes OUT/summary.json, metrics.jsonl and vectors/*.safetensors. `write_report` draws it.
 
     `validation` and `test` are prompts, none in both. `prompting` is an instruction whose effect is shown beside the methods'. A
     method that fails is reported with its error, and the rest goes on. Raises InputError when there is nothing to do.
     """
-    from steerkit.steering.sweep_report import write_report
-
     config = config or SweepConfig()
     if set(validation) & set(test):
         raise InputError("A prompt is among those to choose by and among those to report: separate them.")
@@ -134,6 +132,7 @@ def sweep(
         "pairs": pairs.name,
         "pairs_sha256": pairs.fingerprint(),
         "effect": effect.name,
+        "binary": effect.binary,
         "prompting": prompting,
         "n_validation": len(validation),
         "n_test": len(test),
@@ -151,7 +150,6 @@ def sweep(
             work.run_prompting(prompting)
             bar.advance(1, method=PROMPTING)
     result = work.result()
-    write_report(result, run.path / "report.html", model=model, pairs=pairs, effect=effect)
     run.finish(result.to_dict())
     return result
 
@@ -162,12 +160,9 @@ def _fitting(model: HookedModel) -> list[str]:
 
 
 def default_sites(model: HookedModel) -> tuple[str, ...]:
-    """After every second block, and at all of these together."""
-    blocks = (
-        range((model.n_layers - 1) % 2, model.n_layers, 2) if model.n_layers > 2 else range(model.n_layers)
-    )
-    sites = [f"blocks.{i}.hook_resid_post" for i in blocks]
-    return (*sites, "+".join(sites)) if len(sites) > 1 else tuple(sites)
+    """After every second block, and after all blocks together."""
+    sites = [f"blocks.{i}.hook_resid_post" for i in range(model.n_layers)]
+    return (*sites[(model.n_layers - 1) % 2 :: 2], "+".join(sites)) if len(sites) > 1 else tuple(sites)
 
 
 class _Sweep:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from steerkit.models import HookedModel
 from steerkit.plots import page
-from steerkit.steering.effects import Effect
 from steerkit.steering.evaluation import binary_kl
-from steerkit.steering.pairs import Pairs
-
-if TYPE_CHECKING:
-    from steerkit.steering.sweep import SweepResult
+from steerkit.steering.sweep import SweepResult, middle
 
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "hexagon", "cross", "triangle-down")
 _DASHES = ("solid", "dash", "dot", "dashdot")
@@ -27,12 +23,17 @@ _QUIET = "color: var(--quiet)"
 Record = Mapping[str, Any]
 
 
-def write_report(
-    result: SweepResult, path: str | Path, *, model: HookedModel, pairs: Pairs, effect: Effect
-) -> Path:
+@dataclass(frozen=True)
+class _Effect:
+    name: str
+    binary: bool
+
+
+def write_report(result: SweepResult, path: str | Path) -> Path:
     """Write the page."""
+    effect = _Effect(result.config["effect"], result.config["binary"])
     parts: list[Any] = [
-        _introduction(result, model, pairs, effect),
+        _introduction(result, effect),
         "<h2>Effect against divergence</h2>",
         "<p>Each method at its best site, at strengths that cost about the same, on test prompts. Up and to the left is better. "
         "Grey: nulls. "
@@ -56,11 +57,12 @@ def write_report(
         "<p>All strengths that were tried at each method's best site, on validation prompts.</p>",
         _doses(result),
     ]
+    target = middle(result.config["kl_targets"])
     sites = _sites(result)
     if sites is not None:
         parts += [
             "<h2>Sites</h2>",
-            f"<p>Effect on validation at the strength nearest to {_middle(result):g} nats a sequence.</p>",
+            f"<p>Effect on validation at the strength nearest to {target:g} nats a sequence.</p>",
             sites,
         ]
     if any(record.get("side_effects") for record in result.best.values()):
@@ -74,10 +76,11 @@ def write_report(
     return page(f"Steering: {effect.name}", parts, path)
 
 
-def _introduction(result: SweepResult, model: HookedModel, pairs: Pairs, effect: Effect) -> str:
+def _introduction(result: SweepResult, effect: _Effect) -> str:
     base = result.base
     return (
-        f"<p>Model <code>{html.escape(model.name)}</code>, fitted on {len(pairs)} pairs of <code>{html.escape(pairs.name)}</code>; "
+        f"<p>Model <code>{html.escape(result.config['model'])}</code>, fitted on pairs of "
+        f"<code>{html.escape(result.config['pairs'])}</code>; "
         f"effect <b>{html.escape(effect.name)}</b>: {_percent(base['effect'], effect)} "
         f"{_interval(base['effect_ci'], effect)} without steering, on {base['n_prompts']} test prompts with "
         f"{base['n'] // max(1, base['n_prompts'])} texts each. Divergence is KL(steered ‖ base) on the steered model's own texts, "
@@ -110,7 +113,7 @@ def _style(index: int, method: str) -> dict[str, Any]:
     return {"line": line, "marker": marker}
 
 
-def _front(result: SweepResult, effect: Effect) -> Any:
+def _front(result: SweepResult, effect: _Effect) -> Any:
     from plotly import graph_objects as go
 
     figure = go.Figure()
@@ -180,7 +183,7 @@ _COLUMNS = (
 )
 
 
-def _table(result: SweepResult, effect: Effect) -> str:
+def _table(result: SweepResult, effect: _Effect) -> str:
     columns = [c for c in _COLUMNS if any(record.get(c[0]) is not None for record in result.best.values())]
     head = "".join(f'<th class="number">{label}</th>' for _, label, _ in columns)
     order = sorted(result.best.values(), key=lambda r: (-(r.get("effect") or -1.0), r["method"]))
@@ -215,7 +218,7 @@ def _row(
     strength: float | None,
     record: Record,
     columns: Sequence[tuple[str, str, str]],
-    effect: Effect,
+    effect: _Effect,
     *,
     quiet: bool,
 ) -> str:
@@ -239,13 +242,13 @@ def _short(site: str) -> str:
     return f'<span title="{html.escape(site)}">{html.escape(name)}</span>'
 
 
-def _percent(value: float | None, effect: Effect) -> str:
+def _percent(value: float | None, effect: _Effect) -> str:
     if value is None:
         return "–"
     return f"{value:.1%}" if effect.binary else f"{value:.3g}"
 
 
-def _interval(ends: Sequence[float | None] | None, effect: Effect) -> str:
+def _interval(ends: Sequence[float | None] | None, effect: _Effect) -> str:
     if not ends or any(end is None for end in ends):
         return ""
     return f"[{_percent(ends[0], effect)}, {_percent(ends[1], effect)}]"
@@ -290,17 +293,11 @@ def _doses(result: SweepResult) -> Any:
     return figure
 
 
-def _middle(result: SweepResult) -> float:
-    from steerkit.steering.sweep import middle
-
-    return middle(result.config["kl_targets"])
-
-
 def _sites(result: SweepResult) -> Any:
     """Methods by sites; None where only one site was tried."""
     from plotly import graph_objects as go
 
-    target = _middle(result)
+    target = middle(result.config["kl_targets"])
     nearest: dict[tuple[str, str], Record] = {}
     for record in result.validation:
         if record["kl"] is None or record["site"] == "weights":

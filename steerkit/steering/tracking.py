@@ -147,7 +147,7 @@ class Tracker:
         if self.marker is not None:
             if ids is None:
                 raise InputError("A marker can only be found where the model is given token ids.")
-            after = _after(ids, mask, self.marker)
+            after = _after(ids, mask, self.marker, lengths)
         padded_right = bool((mask[:, -1] == 0).any())
         self._prompt = _Prompt(columns, lengths, after, padded_right)
         self.on_prompt()
@@ -200,17 +200,17 @@ def _marker_ids(model: HookedModel, marker: str | Sequence[int] | None) -> Tenso
     return torch.tensor(list(marker), dtype=torch.int64)
 
 
-def _after(ids: Tensor, mask: Tensor, marker: Tensor) -> Int[Tensor, "batch 1"]:
-    """Position of the first token after the last marker of each row. Raises InputError where there is none."""
+def _after(ids: Tensor, mask: Tensor, marker: Tensor, lengths: Tensor) -> Int[Tensor, "batch 1"]:
+    """Position of the first token after the last marker of each row's prompt. Raises InputError where there is none."""
     n, columns = len(marker), ids.shape[1]
     marker = marker.to(ids.device)
     if columns < n:
         raise InputError("The prompt is shorter than the marker after which is to be steered.")
-    found = (ids.unfold(1, n, 1) == marker).all(-1)
+    position = mask[:, :columns].cumsum(-1) - 1
+    found = (ids.unfold(1, n, 1) == marker).all(-1) & (position[:, n - 1 :] < lengths)
     if not bool(found.any(-1).all()):
         row = int((~found.any(-1)).nonzero()[0])
         raise InputError(f"The marker (tokens {marker.tolist()}) does not occur in prompt {row}.")
     last = found.shape[1] - 1 - found.flip(-1).int().argmax(-1)
     end = last + n - 1
-    position = mask[:, :columns].cumsum(-1) - 1
     return position.gather(1, end[:, None]) + 1

@@ -1,6 +1,7 @@
 """Trained steering methods: they learn what they should, and leave nothing behind."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ from steerkit.finetune import (
     optimise,
     with_reference,
 )
+from steerkit.steering.conditions import best_threshold
 from steerkit.steering.methods.learning import encode_pairs, preference, steered_log_probs, with_references
 from steerkit.steering.methods.reft import KINDS, _Part, orthonormal
+from steerkit.steering.reading import collect_pairs
 
 SITE = "blocks.2.hook_resid_post"
 QUICK = {"lr": 0.02, "epochs": 1, "batch_size": 8}
@@ -240,3 +243,94 @@ def test_cross_entropy_is_nats_a_counted_token(storyworld):
         found = cross_entropy(storyworld, examples)
         by_hand = [-float(p) / (len(e) - 1) for p, e in zip(log_probs(storyworld, examples), examples)]
     assert float(found) == pytest.approx(sum(by_hand) / 2, rel=1e-5)
+
+
+def test_reft_r1_finds_what_mean_difference_finds_and_is_of_unit_direction(storyworld, pairs):
+    vector = steering.fit(storyworld, pairs, method="reft_r1", site=SITE, epochs=2)
+    largest = vector.provenance["max_activation"][SITE]
+    assert vector.norm == pytest.approx(largest, rel=1e-4)
+    test = pairs[48:]
+    assert mean_gap(storyworld, test, vector, 0.5) > mean_gap(storyworld, test, vector, 0.0)
+
+
+def test_the_unembedding_direction_boosts_the_words_of_the_positive_sides(storyworld, pairs):
+    last = f"blocks.{storyworld.n_layers - 1}.hook_resid_post"
+    vector = steering.fit(storyworld, pairs, method="unembedding", site=last)
+    boosted = (vector.directions[last] @ storyworld.W_U.detach().float()).topk(12).indices
+    words = {word.strip() for word in storyworld.tokenizer.convert_ids_to_tokens(boosted.tolist())}
+    assert words & {
+        "happy",
+        "glad",
+        "cheerful",
+        "joyful",
+        "merrily",
+        "happily",
+        "smiled",
+        "delighted",
+        "laughed",
+        "jolly",
+    }
+    with pytest.raises(InputError, match="384 wide"):
+        steering.fit(storyworld, pairs, method="unembedding", site="blocks.1.mlp.hook_post")
+
+
+def test_iti_moves_the_heads_that_tell_the_sides_apart(storyworld, pairs):
+    vector = steering.fit(storyworld, pairs, method="iti", heads=3)
+    heads = vector.provenance["heads"]
+    assert len(heads) == 3
+    assert heads == sorted(heads, key=lambda head: -head["accuracy"])
+    n = storyworld.n_heads
+    moved = {
+        (site, head)
+        for site, v in vector.directions.items()
+        for head, part in enumerate(v.unflatten(0, (n, -1)))
+        if part.any()
+    }
+    assert moved == {(head["site"], head["head"]) for head in heads}
+    sides = collect_pairs(storyworld, pairs, [heads[0]["site"]])[heads[0]["site"]]
+    one = [side.unflatten(1, (n, -1))[:, heads[0]["head"]] for side in sides]
+    shift = one[0].mean(0) - one[1].mean(0)
+    unit = shift / shift.norm()
+    expected = (torch.cat(one) @ unit).std() * unit
+    torch.testing.assert_close(
+        vector.directions[heads[0]["site"]].unflatten(0, (n, -1))[heads[0]["head"]], expected
+    )
+    for settings, message in (({"heads": 1000}, "heads is 1000"), ({"heads": 0}, "heads is 0")):
+        with pytest.raises(InputError, match=message):
+            steering.fit(storyworld, pairs, method="iti", **settings)
+
+
+def test_a_condition_steers_only_what_it_finds(storyworld):
+    pairs = steering.load_pairs("storyworld:tense=past", n=60)
+    condition, score = steering.fit_condition(storyworld, pairs[:40])
+    assert score > 0.9
+    vector = replace(
+        steering.SteeringVector.add({SITE: 5 * torch.ones(storyworld.d_model)}), condition=condition
+    )
+    right = 0
+    for pair in pairs[40:]:
+        for text, wanted in ((pair.positive, True), (pair.negative, False)):
+            ids = torch.tensor([storyworld.tokenizer(text)["input_ids"]])
+            with torch.inference_mode():
+                plain = storyworld.logits(ids)
+                with storyworld.steer(vector):
+                    right += (not torch.equal(storyworld.logits(ids), plain)) == wanted
+    assert right >= 34
+    with pytest.raises(InputError, match="6 or more"):
+        steering.fit_condition(storyworld, pairs[:4])
+
+
+def test_the_best_threshold_is_that_of_all(storyworld):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        labels = torch.rand(13, generator=generator) < 0.5
+        scores = torch.randint(0, 6, (13,), generator=generator).float() + labels
+        threshold, found = best_threshold(scores, labels)
+
+        def f1(cut, scores=scores, labels=labels):
+            said = scores > cut
+            return 2 * float((said & labels).sum()) / max(1.0, float(said.sum() + labels.sum()))
+
+        assert f1(threshold) == pytest.approx(found)
+        if labels.any():
+            assert found == pytest.approx(max(f1(cut - 0.5) for cut in range(-1, 9)))

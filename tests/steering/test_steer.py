@@ -394,6 +394,23 @@ def test_every_causal_family_with_and_without_a_cache(family):
                 for cache in (True, False)
             ]
         assert torch.equal(*told)
+    with torch.inference_mode():
+        plain = model.logits(ids, mask)
+        with model.steer(vector, strength=50.0):
+            assert float((model.logits(ids, mask) - plain)[mask.bool()].abs().max()) > 1e-3
+        assert torch.equal(model.logits(ids, mask), plain)
+
+
+def test_a_marker_is_looked_for_in_the_prompt_only(model):
+    marker = model.tokenizer("Anna", add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([model.tokenizer("Anna is happy. Anna is happy.")["input_ids"]])
+    vector, half = vector_of(model, 5.0), ids.shape[1] // 2
+    with torch.inference_mode():
+        with model.steer(vector, where=Where.after(marker), prompt_lengths=[half]):
+            of_prompt = model.logits(ids)
+        with model.steer(vector, where=Where.spans((2, None))):
+            by_place = model.logits(ids)
+    torch.testing.assert_close(of_prompt, by_place)
 
 
 def test_arithmetic(model):

@@ -4,6 +4,7 @@ from steerkit.steering.methods.act_add import ActAdd
 from steerkit.steering.methods.antipasto import AntiPaSTO
 from steerkit.steering.methods.base import METHODS, Method
 from steerkit.steering.methods.bipo import BiPO
+from steerkit.steering.methods.iti import ITI
 from steerkit.steering.methods.lda import LDA
 from steerkit.steering.methods.logistic import Logistic
 from steerkit.steering.methods.mean_centring import MeanCentring
@@ -11,10 +12,13 @@ from steerkit.steering.methods.mean_diff import MeanDiff
 from steerkit.steering.methods.pca import PCA
 from steerkit.steering.methods.random_direction import RandomDirection
 from steerkit.steering.methods.reft import ReFT
+from steerkit.steering.methods.reft_r1 import ReFTr1
+from steerkit.steering.methods.unembedding import Unembedding
 from steerkit.steering.methods.weight_arithmetic import WeightArithmetic
 from steerkit.steering.methods.whitened import Whitened
 
 __all__ = [
+    "ITI",
     "LDA",
     "METHODS",
     "PCA",
@@ -27,6 +31,8 @@ __all__ = [
     "Method",
     "RandomDirection",
     "ReFT",
+    "ReFTr1",
+    "Unembedding",
     "WeightArithmetic",
     "Whitened",
 ]

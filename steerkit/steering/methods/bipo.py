@@ -4,8 +4,8 @@
     loss = -log σ(β s Δ),   Δ = [log π_v(y+|x) - log π_v(y-|x)] - [log π_0(y+|x) - log π_0(y-|x)]
 
 Cao et al. 2024, https://arxiv.org/abs/2406.00045 (β 0.1, AdamW with lr 5e-4 and weight decay 0.05, cosine, batches of 4). The log-
-probabilities of π_0, the model as it is, are computed once; the paper draws one s for a batch. The learning rate here is for
-residual streams of unit mean square and is scaled by the site's.
+probabilities of π_0, the model as it is, are computed once; the paper draws one s for a batch. The defaults here are for a small
+model and few pairs; large ones want the paper's.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from steerkit.steering.vector import SteeringVector
 class BiPO(Trained):
     """One vector a site, trained on preferences in both directions."""
 
-    beta: float = 0.1
+    beta: float = 0.5
     """β: the smaller, the further the model may move from itself."""
-    lr: float = 0.02
+    lr: float = 0.05
     epochs: float = 4
     schedule: str = "cosine"
     weight_decay: float = 0.01
