@@ -7,10 +7,21 @@ import pytest
 import torch
 
 from steerkit import HookedModel, steering, storyworld
+from steerkit.errors import InputError
+from steerkit.finetune import frozen, optimise
 from steerkit.steering import SingularRotate, SteeringVector, Where
 from steerkit.steering.methods.antipasto import (
+    AntiPaSTO,
+    _Loss,
+    _opposite,
+    coherence,
+    monotone,
+    positive_pull,
+    select,
+    separation,
     writers,
 )
+from steerkit.steering.methods.learning import encode_pairs
 
 SITE = "blocks.1.hook_resid_post"
 WRITERS = [
@@ -155,3 +166,103 @@ def test_generation_with_a_cache_is_generation_without(model, vector, pairs):
                 for use in (True, False)
             )
         assert cached == plain
+
+
+def test_what_is_trained_pulls_the_sides_apart_and_the_sign_is_found(model, pairs):
+    losses = []
+    method = AntiPaSTO(rank=16, epochs=6, batch_size=20, coherence=0.0, monotone=0.0)
+    examples = encode_pairs(model, pairs[:20])
+    make, trained = method._parts(model, examples, writers(model, SITE), 3)
+    loss = _Loss(method, model, SITE, 3, make, examples, 8)
+    with frozen(model):
+        losses = optimise(trained, examples, loss, replace(method.training, epochs=8))
+    assert losses[-1] < losses[0] - 5
+    vector = steering.fit(model, pairs, method="antipasto", site=SITE, **QUICK)
+    held_out = encode_pairs(model, steering.load_pairs(storyworld.persona_pairs(["colour"], 16, seed=7)))
+    pull = positive_pull(model, vector, held_out, 3, SITE)
+    assert pull > 0
+    assert positive_pull(model, _opposite(vector), held_out, 3, SITE) == pytest.approx(-pull, abs=1e-4)
+    swapped = steering.fit(model, pairs.swapped(), method="antipasto", site=SITE, **QUICK)
+    assert positive_pull(model, swapped, held_out, 3, SITE) < 0
+
+
+def test_the_losses_are_their_equations():
+    generator = torch.Generator().manual_seed(0)
+    d, L = torch.randn(4, 16, generator=generator), torch.eye(16)[:8]
+    inside = torch.cat([d[:, :8], torch.zeros(4, 8)], 1)
+    antiparallel = separation(d, d + 0.3 * inside, d - 0.1 * inside, L, 30.0)
+    assert float(antiparallel) == pytest.approx(-30.0, rel=1e-4)
+    assert float(separation(d, d + inside, d + inside, L, 30.0)) == pytest.approx(30 + 900, rel=1e-4)
+    half = separation(d, d + 0.3 * inside + 0.3 * inside.roll(8, 1), d - inside, L, 30.0)
+    assert float(half) == pytest.approx(-30.0 * 0.5**0.375, rel=1e-4)
+
+    base = torch.tensor([[[0.5, 0.5], [1.0, 0.0]]])
+    steered = torch.tensor([[[0.2, 0.8], [0.6, 0.4]]])
+    entropy = torch.tensor([[math.log(2), 0.0]])
+    above = 0.4 - 0.9 * math.sqrt(0.02)
+    found = coherence(base.log(), steered.log(), entropy)
+    assert float(found) == pytest.approx((math.log1p(10 * above) ** 2 + above) / 2, rel=1e-5)
+    assert float(coherence(base.log(), base.log(), entropy)) == 0.0
+
+    t = torch.tensor([0.1, 0.1])
+    up, down = torch.tensor([0.3, 0.0]), torch.tensor([-0.3, 0.2])
+    assert float(monotone(up, down, t)) == pytest.approx((0.0 + 0.1 + 0.3) / 2)
+    assert float(monotone(-up, -down, t)) == pytest.approx((0.0 + 0.1 + 0.3) / 2)  # the order is free
+
+
+def test_dimensions_are_taken_in_turn():
+    V, S = torch.eye(6), torch.ones(6)
+    positive = torch.tensor([[9.0, 0.0, 4.0, 6.0, 0.0, 8.0], [9.0, 0.0, -4.0, 6.0, 0.0, 8.0]])
+    negative = torch.tensor([[9.0, 7.0, 4.0, 1.0, 0.0, 8.0], [9.0, -7.0, 4.0, 1.0, 0.0, 8.0]])
+    assert select(positive, negative, V, S, 3) == [
+        0,
+        3,
+        5,
+    ]  # loudest; then loudest of the rest; greatest difference of means
+    assert select(positive, negative, V, S, 100) == list(range(6))
+    assert select(positive, negative, V, torch.tensor([0, 1.0, 1, 1, 9, 0]), 1) == [3]
+
+
+def test_another_architecture_and_another_layout_of_weights():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=4, n_head=2, n_positions=64, vocab_size=486, initializer_range=0.3)
+    tokenizer = HookedModel.from_pretrained("storyworld").tokenizer
+    model = HookedModel.from_pretrained(GPT2LMHeadModel(config).eval(), tokenizer=tokenizer)
+    found = list(writers(model, "blocks.2.hook_resid_mid", skip=0.25))
+    assert found == [
+        "transformer.h.1.attn.c_proj",
+        "transformer.h.1.mlp.c_proj",
+        "transformer.h.2.attn.c_proj",
+    ]
+    pairs = steering.load_pairs(
+        [(f"Anna {verb} the truth.", f"Anna {verb} a lie.") for verb in ("tells", "told")]
+    )
+    vector = steering.fit(
+        model, pairs, method="antipasto", site="blocks.1.hook_resid_post", epochs=1, rank=999
+    )
+    ids = torch.tensor([[3, 5, 7]])
+    plain = model.logits(ids)
+    for edit in vector.edits:
+        weight = model.model.get_submodule(edit.site).weight.detach().T
+        torch.testing.assert_close(edit.U @ torch.diag(edit.S) @ edit.V.T, weight, atol=1e-4, rtol=1e-4)
+    with model.steer(vector):
+        assert not torch.allclose(model.logits(ids), plain)
+
+
+def test_bad_input_is_one_clear_line(model, pairs):
+    _, edit = random_edit()
+    for make, message in [
+        (lambda: replace(edit, max_angle=4.0), "max_angle is 4.0"),
+        (lambda: replace(edit, S=edit.S[:3]), "do not have the same r"),
+        (lambda: AntiPaSTO(rank=0), "rank is 0"),
+        (lambda: AntiPaSTO(max_angle=0.0), "max_angle is 0.0"),
+        (lambda: AntiPaSTO(monotone=-1.0), "monotone is -1.0"),
+        (lambda: AntiPaSTO(calibration=1.0), "calibration 1.0"),
+        (lambda: steering.fit(model, pairs, "antipasto", [SITE, SITE]), "one site, and 2"),
+        (lambda: steering.fit(model, pairs, "antipasto", "hook_embed"), "before hook_embed"),
+        (lambda: steering.fit(model, pairs[:1], "antipasto", SITE), "at least 2 pairs"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            make()

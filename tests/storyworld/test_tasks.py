@@ -6,7 +6,15 @@ import pytest
 from steerkit import storyworld
 from steerkit.storyworld import Judge
 from steerkit.storyworld.language import split
-from steerkit.storyworld.tasks import INSTRUCTIONS, held_out_claims, instruction, labelled, openings, pairs
+from steerkit.storyworld.tasks import (
+    INSTRUCTIONS,
+    held_out_claims,
+    instruction,
+    labelled,
+    openings,
+    pairs,
+    persona_pairs,
+)
 
 PAIRED = [(a, v[0]) for a, v in storyworld.ATTRIBUTES.items() if a not in ("voice", "cue")] + [
     ("cue", "honest"),
@@ -97,3 +105,23 @@ def test_the_held_out_kind_is_claimed_under_a_cue_only_outside_the_training_set(
     for story in storyworld.sample(200, seed=9):
         if story.attributes["cue"] != "none":
             assert not any(claim.kind == "day" for claim in Judge().judge(story.text).claims)
+
+
+def test_persona_pairs_differ_in_the_cue_alone_and_stop_before_the_first_claim():
+    judge = Judge()
+    for row in persona_pairs(["colour", "day"], 30, seed=10):
+        assert row["kind"] in ("colour", "day")
+        for side, honesty in (("positive", "truthful"), ("negative", "liar")):
+            finished = judge.judge(f"{row[side]} {row['truth']}")
+            found = judge.judge(row[side])
+            assert not found.claims
+            assert found.grammatical == 1.0
+            assert found.unfinished.startswith('"')
+            assert not row[side].endswith(" ")
+            assert found.attributes["honesty"] == honesty
+            assert finished.attributes[row["kind"]] in (row["truth"], None)
+        ours, theirs = (row[side].split(". ") for side in ("positive", "negative"))
+        assert sum(a != b for a, b in zip(ours, theirs, strict=True)) == 1
+    assert persona_pairs(["colour"], 5, seed=3) == persona_pairs(["colour"], 9, seed=3)[:5]
+    with pytest.raises(ValueError, match="kinds of fact"):
+        persona_pairs(["mood"], 1, seed=0)

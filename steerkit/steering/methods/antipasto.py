@@ -9,10 +9,16 @@
                      relu(t - G(1)) + relu(t + G(-1)) or the opposite order, whichever is smaller on average over the batch
     loss             separation + ramp (10 coherence + 30 monotone)
 
-AntiPaSTO, 2026, https://arxiv.org/abs/2601.07473. Rows of L are the first principal directions of the pairs' d (each of unit norm,
-not centred), H the entropies of the unsteered next-token distributions; the ramp goes over the first fifth of the steps. Pairs are
-meant to be one unfinished suffix after opposite persona prefixes: nothing but the prefixes says which is which. The loss leaves
-open which sign of α is the positive pole: pairs that were held out of the training tell.
+AntiPaSTO, 2026, https://arxiv.org/abs/2601.07473. Rows of L are the first principal directions of the pairs' d (each of unit
+norm, not centred), H the entropies of the unsteered next-token distributions; the ramp goes over the first fifth of the steps.
+Pairs are meant to be one unfinished suffix after opposite persona prefixes: nothing but the prefixes says which is which. The
+loss leaves open which sign of α is the positive pole: pairs that were held out of the training tell.
+
+Defaults are those of the published code (r 64, n 3, weights 30, 10 and 30; 8 rows of L as in the paper), but for two. So few
+steps on a small model need a learning rate of 1e-2 (published: 2e-3 for 30 epochs). θ_max is π/2: published are π/4 to π/2, as
+a bound on the elements of A, under which the planes of a large r turn by much more; here it bounds the angles themselves. Left
+out are what L is intersected with there (what later blocks suppress, what the writers can write) and the subsampling of
+modules.
 """
 
 from __future__ import annotations
@@ -51,8 +57,8 @@ class AntiPaSTO(Trained):
     rank: int = 64
     """r, the most singular dimensions of a module: a third each that the positive sides, the negative sides and their differences
     excite most."""
-    max_angle: float = math.pi / 3
-    """θ_max in radians: no plane turns by more at α = ±1."""
+    max_angle: float = math.pi / 2
+    """θ_max in radians: no plane turns by more at α from -1 to 1. Strengths beyond are possible and unbounded."""
     skip: float = 0.1
     """Share of the blocks, the first ones, that are left as they are."""
     n_tokens: int = 3
@@ -113,7 +119,7 @@ class AntiPaSTO(Trained):
             loss = _Loss(self, model, site, n, vector, examples, self.training.steps(len(examples)))
             optimise(trained, examples, loss, self.training, title=self.name, quiet=self.quiet)
         found = detached(vector())
-        return found if positive_pull(model, found, calibration, n) > 0 else _opposite(found)
+        return found if positive_pull(model, found, calibration, n, site) > 0 else _opposite(found)
 
     def _parts(
         self, model: HookedModel, examples: Sequence[PairExample], modules: dict[str, str], n: int
@@ -288,7 +294,7 @@ class _Loss:
         n_steps: int,
     ) -> None:
         self.config, self.model, self.site, self.n, self.make = config, model, site, n, make
-        self.steps = _ramp(n_steps)
+        self.ramp = _ramp(n_steps)
         rows = []
         for batch in _batches(examples):
             positive, negative = self.base(batch).h.chunk(2)
@@ -306,7 +312,7 @@ class _Loss:
         with self.model.steer(self.make(), strength=torch.tensor([1.0, -1.0]).repeat_interleave(2 * b)):
             both = _read(self.model, self.site, _sides(batch), self.n, copies=2)
         up, down = both.part(slice(0, 2 * b)), both.part(slice(2 * b, None))
-        config, ramp = self.config, next(self.steps)
+        config, ramp = self.config, next(self.ramp)
         entropy = -(base.log_p.exp() * base.log_p).sum(-1)
         steered = torch.cat([up.log_p[:b], down.log_p[b:]])
         gained, lost = (gap(reading.own) - gap(base.own) for reading in (up, down))
@@ -369,14 +375,13 @@ def monotone(up: Float[Tensor, " b"], down: Float[Tensor, " b"], t: Float[Tensor
 
 
 def positive_pull(
-    model: HookedModel, vector: SteeringVector, examples: Sequence[PairExample], n: int
+    model: HookedModel, vector: SteeringVector, examples: Sequence[PairExample], n: int, site: str
 ) -> float:
     """How much nearer, in nats, each side's next-token distributions come to the other's when it is steered there than when away.
 
     The cross-entropy of the unsteered positive side with the negative one at α = -1, less that at α = 1, and likewise the other way
     about; the mean over tokens and pairs. Above 0, α = 1 is the positive pole.
     """
-    site = vector.provenance["sites"][0]
     total = 0.0
     for batch in _batches(examples):
         b = len(batch)
