@@ -250,8 +250,9 @@ def candidates(
         ],
     )
     half = f"blocks.{model.n_layers // 2}.hook_resid_post"
-    vector = steering.fit(model, pairs, method="antipasto", site=half, seed=seed)
-    yield "AntiPaSTO", [(f"α {a:g}", lambda e, a=a: e.steered(vector, a)) for a in ALPHAS]
+    for name, moved in (("AntiPaSTO", "gap"), ("AntiPaSTO, sides", "sides")):
+        vector = steering.fit(model, pairs, method="antipasto", site=half, seed=seed, moved=moved)
+        yield name, [(f"α {a:g}", lambda e, v=vector, a=a: e.steered(v, a)) for a in ALPHAS]
 
 
 def run(model: HookedModel, kind: str, n_pairs: int, n_items: int, seed: int) -> dict[str, tuple[str, Score]]:

@@ -190,10 +190,10 @@ def test_the_losses_are_their_equations():
     generator = torch.Generator().manual_seed(0)
     d, L = torch.randn(4, 16, generator=generator), torch.eye(16)[:8]
     inside = torch.cat([d[:, :8], torch.zeros(4, 8)], 1)
-    antiparallel = separation(d, d + 0.3 * inside, d - 0.1 * inside, L, 30.0)
+    antiparallel = separation(d, 0.3 * inside, -0.1 * inside, L, 30.0)
     assert float(antiparallel) == pytest.approx(-30.0, rel=1e-4)
-    assert float(separation(d, d + inside, d + inside, L, 30.0)) == pytest.approx(30 + 900, rel=1e-4)
-    half = separation(d, d + 0.3 * inside + 0.3 * inside.roll(8, 1), d - inside, L, 30.0)
+    assert float(separation(d, inside, inside, L, 30.0)) == pytest.approx(30 + 900, rel=1e-4)
+    half = separation(d, 0.3 * inside + 0.3 * inside.roll(8, 1), -inside, L, 30.0)
     assert float(half) == pytest.approx(-30.0 * 0.5**0.375, rel=1e-4)
 
     base = torch.tensor([[[0.5, 0.5], [1.0, 0.0]]])
@@ -208,6 +208,18 @@ def test_the_losses_are_their_equations():
     up, down = torch.tensor([0.3, 0.0]), torch.tensor([-0.3, 0.2])
     assert float(monotone(up, down, t)) == pytest.approx((0.0 + 0.1 + 0.3) / 2)
     assert float(monotone(-up, -down, t)) == pytest.approx((0.0 + 0.1 + 0.3) / 2)  # the order is free
+
+
+def test_what_moves_is_the_gap_or_the_side_that_is_drawn_over(model, pairs):
+    base, up, down = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(0))
+    examples = encode_pairs(model, pairs[:4])
+    for moved, wanted in [
+        ("gap", (up[:2] - up[2:] - base[:2] + base[2:], down[:2] - down[2:] - base[:2] + base[2:])),
+        ("sides", (up[2:] - base[2:], down[:2] - base[:2])),
+    ]:
+        loss = _Loss(AntiPaSTO(moved=moved), model, SITE, 3, None, examples, 1)
+        for found, delta in zip(loss.changes(base, up, down), wanted):
+            torch.testing.assert_close(found, delta)
 
 
 def test_dimensions_are_taken_in_turn():
@@ -260,6 +272,7 @@ def test_bad_input_is_one_clear_line(model, pairs):
         (lambda: AntiPaSTO(max_angle=0.0), "max_angle is 0.0"),
         (lambda: AntiPaSTO(monotone=-1.0), "monotone is -1.0"),
         (lambda: AntiPaSTO(calibration=1.0), "calibration 1.0"),
+        (lambda: AntiPaSTO(moved="both"), "moved is 'both'"),
         (lambda: steering.fit(model, pairs, "antipasto", [SITE, SITE]), "one site, and 2"),
         (lambda: steering.fit(model, pairs, "antipasto", "hook_embed"), "before hook_embed"),
         (lambda: steering.fit(model, pairs[:1], "antipasto", SITE), "at least 2 pairs"),

@@ -2,7 +2,8 @@
 
     y ← y + x V [R(α) diag(S + α dS) - diag(S)] Uᵀ,   α from -1 to 1        (`SingularRotate` says how R is made and bounded)
 
-    d(α) = h+ - h-   of the two sides of a pair at α, mean over their last n tokens, at the site;   δ± = d(±1) - d(0)
+    d(α) = h+ - h-   of the two sides of a pair at α, mean over their last n tokens, at the site;   d = d(0)
+    δ±               d(±1) - d, or with moved="sides" (ours): δ+ the change of h- at α = 1, δ- that of h+ at α = -1
     separation       mean of s + relu(s)²,   s = 30 cos(Lδ+, Ld) cos(Lδ-, Ld) (focus+ focus-)^¾,   focus = ‖Lδ‖ / ‖δ‖
     coherence        v = relu(TV(p_0, p_α) - 0.9 √(H + 0.02)),  mean of log1p(10 v)² + v;  α = 1 on positive sides, else -1
     monotone         G(α): change of log p(positive side) - log p(negative side);   t = √H/2 + 0.04;
@@ -13,6 +14,10 @@ AntiPaSTO, 2026, https://arxiv.org/abs/2601.07473. Rows of L are the first princ
 norm, not centred), H the entropies of the unsteered next-token distributions; the ramp goes over the first fifth of the steps.
 Pairs are meant to be one unfinished suffix after opposite persona prefixes: nothing but the prefixes says which is which. The
 loss leaves open which sign of α is the positive pole: pairs that were held out of the training tell.
+
+The published δ± are blind to which side moves: that the positive pole draws the negative side over (and the other pole only widens
+the gap), and that the negative pole draws the positive side over, are equally good. A fit ends in one or the other, by its seed.
+With "sides" each pole has to draw the other side over.
 
 Defaults are those of the published code (r 64, n 3, weights 30, 10 and 30; 8 rows of L as in the paper), but for two. So few
 steps on a small model need a learning rate of 1e-2 (published: 2e-3 for 30 epochs). θ_max is π/2: published are π/4 to π/2, as
@@ -45,7 +50,9 @@ from steerkit.steering.where import Where
 
 WRITERS = ("attn.hook_z", "mlp.hook_post")
 """Sites whose modules end attention or MLP: they read there and write to the residual stream."""
+MOVED = ("gap", "sides")
 RAMP = 0.2
+"""Share of the steps over which coherence and monotone come in."""
 READ_BATCH = 32
 
 
@@ -63,6 +70,8 @@ class AntiPaSTO(Trained):
     """Share of the blocks, the first ones, that are left as they are."""
     n_tokens: int = 3
     """n: the last tokens of a side that are looked at."""
+    moved: str = "gap"
+    """What δ± are the changes of: the `gap` between the sides (published), or the side that is drawn over, `sides`."""
     subspace: int = 8
     """Rows of L."""
     separation: float = 30.0
@@ -86,6 +95,8 @@ class AntiPaSTO(Trained):
         for name in ("separation", "coherence", "monotone"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} is {getattr(self, name)}; a weight is not negative.")
+        if self.moved not in MOVED:
+            raise InputError(f"moved is {self.moved!r}; it is one of {', '.join(MOVED)}.")
         if not 0 < self.max_angle < math.pi:
             raise InputError(
                 f"max_angle is {self.max_angle}; it is in radians, above 0 and below π ({math.pi:.4f})."
@@ -318,10 +329,17 @@ class _Loss:
         gained, lost = (gap(reading.own) - gap(base.own) for reading in (up, down))
         threshold = 0.5 * entropy.mean(1).sqrt() + 0.04
         return (
-            separation(gap(base.h), gap(up.h), gap(down.h), self.L, config.separation)
+            separation(gap(base.h), *self.changes(base.h, up.h, down.h), self.L, config.separation)
             + ramp * config.coherence * coherence(base.log_p, steered, entropy)
             + ramp * config.monotone * monotone(gained, lost, 0.5 * (threshold[:b] + threshold[b:]))
         )
+
+    def changes(self, base: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        """δ+ and δ-."""
+        if self.config.moved == "gap":
+            return gap(up) - gap(base), gap(down) - gap(base)
+        b = len(base) // 2
+        return (up - base)[b:], (down - base)[:b]
 
 
 def _ramp(n_steps: int) -> Iterator[float]:
@@ -344,10 +362,9 @@ def separation(
     L: Float[Tensor, "k d_model"],
     weight: float,
 ) -> Tensor:
-    """Small when the changes of d at α = 1 and -1 are antiparallel along d, and lie in the rows of L."""
+    """Small when δ+ (`up`) and δ- (`down`) are antiparallel along d and lie in the rows of L."""
     aligned = torch.ones(len(d), device=d.device)
-    for changed in (up, down):
-        delta = changed - d
+    for delta in (up, down):
         inside = delta @ L.T
         focus = inside.norm(dim=1) / delta.norm(dim=1).clamp_min(1e-8)
         aligned = aligned * F.cosine_similarity(inside, d @ L.T, dim=1) * focus.clamp_min(1e-8) ** 0.75
