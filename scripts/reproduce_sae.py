@@ -498,19 +498,28 @@ def pilot(bench: Bench, seed: int) -> dict[str, Any]:
         return abs(math.log(max(outcome["l0"], 0.01) / case.middle)) > 0.15, outcome["fvu"]
 
     best = {arch: min(case.peer_lrs, key=lambda lr: badness(arch, lr)) for arch in case.peers}
-    steered = {
-        (arch, l0): peer(bench, arch, l0, None, best[arch], seed)
-        for arch in case.peers
-        if arch in PENALTIES
-        for l0 in case.l0s_of(arch)
-        if l0 != case.middle
+    # A coefficient that is found while it moves is not the one that lands there when it is fixed: fixed ones, and between them.
+    found = {arch: tried[arch, best[arch]].outcome["coefficient"] for arch in case.peers if arch in PENALTIES}
+    fixed = {
+        (arch, factor): peer(bench, arch, case.middle, factor * coefficient, best[arch], seed)
+        for arch, coefficient in found.items()
+        for factor in (1.0, 2.0, 4.0, 8.0, 16.0)
     }
-    if steered:
-        feed(bench, seed, list(steered.values()), "sae-lens, coefficients")
-    steered |= {(arch, case.middle): tried[arch, best[arch]] for arch in case.peers if arch in PENALTIES}
+    if fixed:
+        feed(bench, seed, list(fixed.values()), "sae-lens, coefficients")
+    coefficients = {}
+    for arch in found:
+        points = sorted(
+            (math.log(max(one.outcome["l0"], 0.1)), math.log(one.outcome["coefficient"]))
+            for (name, _), one in fixed.items()
+            if name == arch
+        )
+        for l0 in case.l0s_of(arch):
+            logarithm = np.interp(math.log(l0), *zip(*points))
+            coefficients[f"{arch}-{l0}"] = math.exp(logarithm)
     return {
         "lr": best,
-        "coefficients": {f"{arch}-{l0}": one.outcome["coefficient"] for (arch, l0), one in steered.items()},
+        "coefficients": coefficients,
         "tried": {f"{arch}, lr {lr:g}": one.outcome for (arch, lr), one in tried.items()},
     }
 
@@ -739,9 +748,11 @@ def l0_ratio(a: Curve, b: Curve) -> tuple[float, bool]:
 
 
 def error_ratio(a: Curve, b: Curve) -> float:
-    """Error of `a` as a share of that of `b` at equal L0; where they have none in common, at their nearest ends."""
+    """Error of `a` as a share of that of `b` at equal L0; NaN where they have none in common."""
     low, high = max(a[0][0], b[0][0]), min(a[-1][0], b[-1][0])
-    grid = np.linspace(math.log(min(low, high)), math.log(max(low, high)), 25)
+    if low > high:
+        return math.nan
+    grid = np.linspace(math.log(low), math.log(high), 25)
     logs = [np.log(np.array(one)) for one in (a, b)]
     return _ratio(*(np.interp(grid, one[:, 0], one[:, 1]) for one in logs))
 
@@ -790,6 +801,9 @@ class Data:
 
     def error_ratio(self, a: tuple[str, str], b: tuple[str, str], measure: str) -> Estimate:
         found = [error_ratio(self.curve(*a, s, measure), self.curve(*b, s, measure)) for s in self.seeds]
+        found = [ratio for ratio in found if not math.isnan(ratio)]
+        if not found:
+            return Estimate(math.nan, math.nan, math.nan, 0, " (the curves have no L0 in common)")
         return Estimate.of(found, ratio=True)
 
 
