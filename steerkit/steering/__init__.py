@@ -25,7 +25,7 @@ from steerkit.steering.features import ablate_latents, add_latents, clamp_latent
 from steerkit.steering.fitting import fit
 from steerkit.steering.formats import export, from_repeng, from_steering_vectors, load_any
 from steerkit.steering.merging import Merged, merge
-from steerkit.steering.methods import METHODS, Method
+from steerkit.steering.methods import METHODS, Method, fit_effects
 from steerkit.steering.pairs import Pair, Pairs, load_pairs
 from steerkit.steering.propensity import Propensity
 from steerkit.steering.story_prompts import story_prompts
@@ -71,6 +71,7 @@ __all__ = [
     "export",
     "fit",
     "fit_condition",
+    "fit_effects",
     "from_repeng",
     "from_steering_vectors",
     "harmonic_mean",

@@ -140,7 +140,7 @@ def sweep(
     }
     run = Run.open(out, "steer sweep", settings, resume=resume, provenance=make_provenance(model=model.name))
     work = _Sweep(model, pairs, effect, validation, test, config, run)
-    methods = [(name, pairs) for name in config.methods or _fitting(model)]
+    methods = [(name, pairs) for name in config.methods or _fitting(model, config)]
     methods += [(name + SHUFFLED, pairs.shuffled_sides(config.seed)) for name in config.shuffled]
     with progress(len(methods) + bool(prompting), "sweep", "methods", quiet=quiet) as bar:
         for name, own in methods:
@@ -154,9 +154,14 @@ def sweep(
     return result
 
 
-def _fitting(model: HookedModel) -> list[str]:
-    """Methods that fit the model."""
-    return [name for name, kind in METHODS.items() if model.has_lm_head or not kind.needs_lm_head]
+def _fitting(model: HookedModel, config: SweepConfig) -> list[str]:
+    """Methods that fit the model, and have the settings that they need."""
+    return [
+        name
+        for name, kind in METHODS.items()
+        if (model.has_lm_head or not kind.needs_lm_head)
+        and set(kind.needs) <= set(config.settings.get(name, {}))
+    ]
 
 
 def default_sites(model: HookedModel) -> tuple[str, ...]:

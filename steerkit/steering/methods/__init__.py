@@ -4,6 +4,7 @@ from steerkit.steering.methods.act_add import ActAdd
 from steerkit.steering.methods.antipasto import AntiPaSTO
 from steerkit.steering.methods.base import METHODS, Method
 from steerkit.steering.methods.bipo import BiPO
+from steerkit.steering.methods.fgaa import FGAA, fit_effects
 from steerkit.steering.methods.iti import ITI
 from steerkit.steering.methods.lda import LDA
 from steerkit.steering.methods.logistic import Logistic
@@ -18,6 +19,7 @@ from steerkit.steering.methods.weight_arithmetic import WeightArithmetic
 from steerkit.steering.methods.whitened import Whitened
 
 __all__ = [
+    "FGAA",
     "ITI",
     "LDA",
     "METHODS",
@@ -35,4 +37,5 @@ __all__ = [
     "Unembedding",
     "WeightArithmetic",
     "Whitened",
+    "fit_effects",
 ]

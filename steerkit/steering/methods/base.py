@@ -23,6 +23,8 @@ class Method:
     name: ClassVar[str] = ""
     needs_lm_head: ClassVar[bool] = False
     """Whether it trains or scores with next-token logits."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Settings that have no default."""
     of_sites: ClassVar[bool] = True
     """Whether it acts at the sites it is given, rather than on weights."""
 
