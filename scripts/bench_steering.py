@@ -27,7 +27,7 @@ import torch
 
 from steerkit import HookedModel, steering
 from steerkit.finetune import frozen, log_probs
-from steerkit.steering.methods.learning import encode_pairs, preference, with_references
+from steerkit.steering.methods.learning import Below, encode_pairs, preference, sides_of, with_references
 from steerkit.steering.pairs import Pairs
 
 Work = Callable[[], Any]
@@ -120,6 +120,7 @@ def bipo(model: HookedModel, pairs: Pairs, batch: int) -> dict[str, Work]:
     """One step's forward and backward passes."""
     examples = with_references(model, encode_pairs(model, pairs))[:batch]
     site = f"blocks.{model.n_layers // 2}.hook_resid_post"
+    below = Below.of(model, sides_of(examples), [site])
     vector = torch.zeros(model.d_model, device=model.device, requires_grad=True)
     signs = torch.ones(len(examples))
 
@@ -128,7 +129,7 @@ def bipo(model: HookedModel, pairs: Pairs, batch: int) -> dict[str, Work]:
 
     def ours() -> None:
         with frozen(model):
-            preference(model, make, examples, beta=0.1, signs=signs).backward()
+            preference(model, make, examples, beta=0.1, signs=signs, below=below).backward()
 
     def published() -> None:
         sides = [e.positive for e in examples] + [e.negative for e in examples]

@@ -10,7 +10,6 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,6 +63,7 @@ class HuggingFaceBackend:
         self._scale, self._cap = 1.0, 0.0
         with torch.no_grad(), evaluating(model), leaving_no_hooks(model), uncompiled(model.modules()):
             self._discover(special_ids)
+            self.trunk = self._find_trunk()
 
     # sizes
 
@@ -71,16 +71,14 @@ class HuggingFaceBackend:
     def embeddings(self) -> Any:
         return self.inner.get_input_embeddings()
 
-    @cached_property
-    def trunk(self) -> nn.Module:
+    def _find_trunk(self) -> nn.Module:
         """What every forward goes through, with token ids, mask and cache as its arguments."""
         if self.base is self.inner or self.is_encoder_decoder:
             return self.base
         ran: list[bool] = []
         handle = self.base.register_forward_pre_hook(lambda module, args: ran.append(True))
         try:
-            with torch.no_grad(), evaluating(self.model):
-                self.inner(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+            self.inner(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
         finally:
             handle.remove()
         return self.base if ran else self.base.get_decoder()  # OPT's head calls the decoder inside directly

@@ -33,6 +33,8 @@ from steerkit.steering.where import Where
 
 SHUFFLED = ", sides shuffled"
 PROMPTING = "prompting"
+OWN = "its own"
+"""The site of methods that choose where they act."""
 SAMPLES_SHOWN = 4
 _TRIES = 5
 """Measurements that a strength is sought with."""
@@ -209,7 +211,7 @@ class _Sweep:
         try:
             candidates = {
                 site: self._vector(name, kind, pairs, site)
-                for site in (sites if kind.of_sites else ("weights",))
+                for site in (sites if kind.of_sites else (OWN,))
             }
         except SteerkitError as error:
             self.best[name] = {"method": name, "reason": str(error)}
@@ -248,7 +250,7 @@ class _Sweep:
                 path.unlink()
         started = time.monotonic()
         method = kind(**self.config.settings.get(kind.name, {}))
-        vector = method.fit(self.model, pairs, [] if site == "weights" else site.split("+"))
+        vector = method.fit(self.model, pairs, [] if site == OWN else site.split("+"))
         self.run.log({"part": "fit", "method": name, "site": site, "seconds": time.monotonic() - started})
         vector.save(path)
         return vector

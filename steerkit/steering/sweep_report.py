@@ -13,7 +13,7 @@ import numpy as np
 
 from steerkit.plots import page
 from steerkit.steering.evaluation import binary_kl
-from steerkit.steering.sweep import SweepResult, middle
+from steerkit.steering.sweep import OWN, SweepResult, middle
 
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "hexagon", "cross", "triangle-down")
 _DASHES = ("solid", "dash", "dot", "dashdot")
@@ -300,7 +300,7 @@ def _sites(result: SweepResult) -> Any:
     target = middle(result.config["kl_targets"])
     nearest: dict[tuple[str, str], Record] = {}
     for record in result.validation:
-        if record["kl"] is None or record["site"] == "weights":
+        if record["kl"] is None or record["site"] == OWN:
             continue
         key = record["method"], record["site"]
         if key not in nearest or _off(record, target) < _off(nearest[key], target):

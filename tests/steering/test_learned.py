@@ -1,7 +1,9 @@
 """Trained steering methods: they learn what they should, and leave nothing behind."""
 
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +23,20 @@ from steerkit.finetune import (
     with_reference,
 )
 from steerkit.steering.conditions import best_threshold
-from steerkit.steering.methods.learning import encode_pairs, preference, steered_log_probs, with_references
+from steerkit.steering.methods.learning import (
+    Below,
+    PairExample,
+    encode_pairs,
+    preference,
+    sides_of,
+    steered_log_probs,
+    with_references,
+)
 from steerkit.steering.methods.reft import KINDS, _Part, orthonormal
 from steerkit.steering.reading import collect_pairs
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from core.families import build
 
 SITE = "blocks.2.hook_resid_post"
 QUICK = {"lr": 0.02, "epochs": 1, "batch_size": 8}
@@ -334,3 +347,44 @@ def test_the_best_threshold_is_that_of_all(storyworld):
         assert f1(threshold) == pytest.approx(found)
         if labels.any():
             assert found == pytest.approx(max(f1(cut - 0.5) for cut in range(-1, 9)))
+
+
+@pytest.mark.parametrize("family", ["storyworld", "gpt2", "llama", "neox", "opt"])
+def test_blocks_below_are_left_out_without_a_trace_in_losses_and_gradients(family, storyworld):
+    model = storyworld if family == "storyworld" else HookedModel.from_pretrained(build(family))
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        torch.randint(5, min(60, model.d_vocab), (n,), generator=generator).tolist() for n in (9, 12, 9, 7)
+    ]
+    examples = [Example(tuple(row), 3) for row in rows]
+    batch = [
+        PairExample(a, b)
+        for a, b in zip(with_reference(model, examples[:2]), with_reference(model, examples[2:]))
+    ]
+    state = {name: value.clone() for name, value in model.model.state_dict().items()}
+    site = f"blocks.{model.n_layers - 1}.hook_resid_mid"
+    if site not in model.sites or not model.sites[site].verified:
+        site = f"blocks.{model.n_layers - 1}.hook_resid_post"
+    found = {}
+    for below in (None, Below.of(model, sides_of(batch), [site])):
+        v = torch.full((model.d_model,), 0.1, requires_grad=True)
+        with frozen(model):
+            loss = preference(
+                model, lambda v=v: steering.SteeringVector.add({site: v}), batch, beta=0.5, below=below
+            )
+            loss.backward()
+        found[below is None] = (loss.detach(), v.grad)
+    assert below is not None or family not in ("storyworld", "llama")
+    for one, other in zip(found[True], found[False]):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(state[name], value) for name, value in model.model.state_dict().items())
+    assert not any("forward" in vars(module) for module in model.model.modules())
+
+
+def test_what_cannot_be_left_out_is_not(storyworld):
+    examples = encode_texts(storyworld, ["Anna is happy."])
+    assert Below.of(storyworld, examples, ["blocks.0.hook_resid_pre"]) is None
+    assert Below.of(storyworld, examples, ["blocks.0.mlp.hook_post"]) is None
+    assert Below.of(storyworld, examples, [SITE], memory=10) is None
+    assert Below.of(storyworld, examples, ["blocks.1.hook_mlp_out", SITE]).site == "blocks.0.hook_resid_post"
+    assert Below.of(storyworld, examples, [SITE]).site == SITE

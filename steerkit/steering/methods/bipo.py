@@ -22,11 +22,13 @@ from steerkit.models import HookedModel
 from steerkit.steering.edits import Add
 from steerkit.steering.methods.base import register
 from steerkit.steering.methods.learning import (
+    Below,
     PairExample,
     Trained,
     detached,
     encode_pairs,
     preference,
+    sides_of,
     with_references,
 )
 from steerkit.steering.pairs import Pairs
@@ -54,6 +56,7 @@ class BiPO(Trained):
             site: torch.zeros(model.site(site).width, device=model.device, requires_grad=True)
             for site in sites
         }
+        below = Below.of(model, sides_of(examples), sites)
         generator = torch.Generator().manual_seed(self.seed)
         provenance = self.provenance(model, pairs, sites)
 
@@ -62,7 +65,7 @@ class BiPO(Trained):
 
         def loss(batch: list[PairExample]) -> torch.Tensor:
             signs = 2.0 * torch.randint(0, 2, (len(batch),), generator=generator) - 1
-            return preference(model, make, batch, beta=self.beta, signs=signs)
+            return preference(model, make, batch, beta=self.beta, signs=signs, below=below)
 
         with frozen(model):
             optimise(vectors.values(), examples, loss, self.training, title=self.name, quiet=self.quiet)

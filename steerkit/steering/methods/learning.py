@@ -18,6 +18,7 @@ from steerkit.errors import InputError
 from steerkit.finetune import DRRho, Example, OptimiseConfig, Reduction
 from steerkit.models import HookedModel
 from steerkit.steering.methods.base import Method
+from steerkit.steering.methods.below import Below, standing_in
 from steerkit.steering.pairs import Pairs
 from steerkit.steering.reading import encode_side
 from steerkit.steering.vector import SteeringVector, Strengths
@@ -62,6 +63,7 @@ def preference(
     beta: float,
     signs: Tensor | None = None,
     where: Where | None = None,
+    below: Below | None = None,
 ) -> Tensor:
     """-log σ(β s Δ), mean over pairs; Δ = log π(y+)/π(y-) - log π_ref(y+)/π_ref(y-), `signs` s of ±1 for each pair or all +1.
 
@@ -69,7 +71,8 @@ def preference(
     """
     examples = [e.positive for e in batch] + [e.negative for e in batch]
     strength = torch.ones(len(batch)) if signs is None else signs
-    found = steered_log_probs(model, make(), examples, torch.cat([strength, strength]), where)
+    with standing_in(below, examples):
+        found = steered_log_probs(model, make(), examples, torch.cat([strength, strength]), where)
     positive, negative = found.chunk(2)
     reference = torch.tensor([e.positive.reference - e.negative.reference for e in batch]).to(found)
     margin = beta * strength.to(found) * (positive - negative - reference)
@@ -94,16 +97,22 @@ def steered_cross_entropy(
     vector: SteeringVector,
     examples: Sequence[Example],
     reduction: Reduction = finetune.mean,
+    below: Below | None = None,
 ) -> Tensor:
     """`finetune.cross_entropy` of the steered model, what comes before `start` being the prompt."""
     lengths = torch.tensor([e.start for e in examples])
-    with model.steer(vector, prompt_lengths=lengths):
+    with standing_in(below, examples), model.steer(vector, prompt_lengths=lengths):
         return finetune.cross_entropy(model, examples, reduction)
+
+
+def sides_of(examples: Sequence[PairExample]) -> list[Example]:
+    """Both sides of all pairs."""
+    return [side for e in examples for side in (e.positive, e.negative)]
 
 
 def with_references(model: HookedModel, examples: Sequence[PairExample]) -> list[PairExample]:
     """The pairs with both sides' log-probabilities under the model as it is: once, not at every step."""
-    sides = finetune.with_reference(model, [s for e in examples for s in (e.positive, e.negative)])
+    sides = finetune.with_reference(model, sides_of(examples))
     return [PairExample(p, n) for p, n in zip(sides[::2], sides[1::2])]
 
 
@@ -154,6 +163,7 @@ def detached(vector: SteeringVector) -> SteeringVector:
 
 
 __all__ = [
+    "Below",
     "DRRho",
     "Make",
     "PairExample",
@@ -161,6 +171,7 @@ __all__ = [
     "detached",
     "encode_pairs",
     "preference",
+    "sides_of",
     "steered_cross_entropy",
     "steered_log_probs",
     "with_references",

@@ -20,18 +20,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from steerkit import finetune
 from steerkit.errors import InputError
 from steerkit.finetune import frozen, optimise
 from steerkit.models import HookedModel
 from steerkit.steering.edits import LowRank
 from steerkit.steering.methods.base import register
 from steerkit.steering.methods.learning import (
+    Below,
     PairExample,
     Trained,
     detached,
     encode_pairs,
     preference,
+    sides_of,
     steered_cross_entropy,
     with_references,
 )
@@ -87,6 +88,7 @@ class ReFT(Trained):
         examples = encode_pairs(model, pairs)
         if self.objective == "preference":
             examples = with_references(model, examples)
+        below = Below.of(model, sides_of(examples), sites)
         generator = torch.Generator().manual_seed(self.seed)
         parts = {
             site: _Part(self.kind, self.rank, model.site(site).width, generator).to(model.device)
@@ -100,8 +102,8 @@ class ReFT(Trained):
 
         def loss(batch: list[PairExample]) -> Tensor:
             if self.objective == "preference":
-                return preference(model, make, batch, beta=self.beta)
-            return steered_cross_entropy(model, make(), [e.positive for e in batch], finetune.mean)
+                return preference(model, make, batch, beta=self.beta, below=below)
+            return steered_cross_entropy(model, make(), [e.positive for e in batch], below=below)
 
         parameters = [p for part in parts.values() for p in part.parameters() if p.requires_grad]
         with frozen(model):
