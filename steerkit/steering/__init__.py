@@ -26,6 +26,7 @@ from steerkit.steering.fitting import fit
 from steerkit.steering.formats import export, from_repeng, from_steering_vectors, load_any
 from steerkit.steering.merging import Merged, merge
 from steerkit.steering.methods import METHODS, Method, fit_effects
+from steerkit.steering.pair_making import generated_pairs, template_pairs
 from steerkit.steering.pairs import Pair, Pairs, load_pairs
 from steerkit.steering.propensity import Propensity
 from steerkit.steering.story_prompts import story_prompts
@@ -74,9 +75,11 @@ __all__ = [
     "fit_effects",
     "from_repeng",
     "from_steering_vectors",
+    "generated_pairs",
     "harmonic_mean",
     "load_any",
     "load_pairs",
     "merge",
     "story_prompts",
+    "template_pairs",
 ]

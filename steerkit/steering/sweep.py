@@ -242,7 +242,7 @@ class _Sweep:
 
     def _vector(self, name: str, kind: type[Method], pairs: Pairs, site: str) -> SteeringVector:
         """The fitted vector, from its file if it was fitted before."""
-        path = self.run.path / "vectors" / f"{_slug(name)}-{_slug(site)}.safetensors"
+        path = self.run.path / "vectors" / vector_file(name, site)
         if path.exists():
             try:
                 return SteeringVector.load(path)
@@ -383,6 +383,11 @@ def _next_strength(known: Sequence[Mapping[str, Any]], target: float) -> float |
             slope = min(3.0, max(0.5, math.log(k1 / k0) / math.log(s1 / s0)))
     factor = (target / kl) ** (1 / slope)
     return strength * min(16.0, max(1 / 16, factor))
+
+
+def vector_file(method: str, site: str) -> str:
+    """The name of a vector's file in the run's `vectors`."""
+    return f"{_slug(method)}-{_slug(site)}.safetensors"
 
 
 def _slug(name: str) -> str:
