@@ -62,8 +62,9 @@ def generated_pairs(
             max_new_tokens=max_new_tokens,
             seed=seed,
         )
-        texts = [model.tokenizer.decode(list(ids), skip_special_tokens=True) for ids in drawn.new]
-        sides.append((texts, [openings[i] for i in drawn.prompt_index]))
+        after = [openings[i] for i in drawn.prompt_index]
+        decoded = (model.tokenizer.decode(list(ids), skip_special_tokens=True) for ids in drawn.new)
+        sides.append(([join(opening, text)[len(opening) :] for opening, text in zip(after, decoded)], after))
     (ups, prompts), (downs, _) = sides
     fine = [bool(up.strip()) and bool(down.strip()) and up != down for up, down in zip(ups, downs)]
     if keep is not None:

@@ -210,8 +210,7 @@ class _Sweep:
         sites = self.config.sites or default_sites(self.model)
         try:
             candidates = {
-                site: self._vector(name, kind, pairs, site)
-                for site in (sites if kind.of_sites else (OWN,))
+                site: self._vector(name, kind, pairs, site) for site in (sites if kind.of_sites else (OWN,))
             }
         except SteerkitError as error:
             self.best[name] = {"method": name, "reason": str(error)}

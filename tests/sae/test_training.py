@@ -40,7 +40,9 @@ def test_the_held_out_l0_ends_within_a_tenth_of_the_target(arch, kind):
     l0, fvu, dead = figures(made, stream.held_out())
     assert l0 == pytest.approx(target, rel=0.1)
     assert fvu < 0.6
-    assert dead <= (0.3 if arch is sae.SqrtL1 else 8.1 / 80)  # the root gives up the rarest of Zipf's features
+    assert dead <= (
+        0.3 if arch is sae.SqrtL1 else 8.1 / 80
+    )  # the root gives up the rarest of Zipf's features
 
 
 def test_topk_finds_the_dictionary():

@@ -23,13 +23,13 @@ def test_the_model_writes_pairs_under_opposite_instructions():
     openings = ["There is a fox named Anna.", "There is a bear named Tom."]
     effect = StoryAttribute("mood", "happy")
     texts = ("Write a happy story.", "Write a sad story.")
-    pairs = steering.generated_pairs(model, *texts, openings, keep=effect, samples=4, max_new_tokens=24)
+    pairs = steering.generated_pairs(model, *texts, openings, keep=effect, samples=4, max_new_tokens=48)
     assert 0 < len(pairs) <= 8
     assert {pair.prompt for pair in pairs} <= set(openings)
     prompts = [pair.prompt for pair in pairs]
     assert (effect(prompts, [" " + pair.positive for pair in pairs]) == 1).all()
     assert (effect(prompts, [" " + pair.negative for pair in pairs]) == 0).all()
-    again = steering.generated_pairs(model, *texts, openings, keep=effect, samples=4, max_new_tokens=24)
+    again = steering.generated_pairs(model, *texts, openings, keep=effect, samples=4, max_new_tokens=48)
     assert again.fingerprint() == pairs.fingerprint()
     with pytest.raises(InputError, match="is left"):
         steering.generated_pairs(model, texts[1], texts[1], openings, max_new_tokens=3)
