@@ -271,7 +271,7 @@ def test_the_random_sae_is_as_sparse_and_scaled_best(config, acts):
 
 def test_the_random_sae_of_a_pruned_one_is_as_sparse_as_that(acts):
     like = some_sae(TopK(64, k=8), acts)
-    like.threshold = torch.full((64,), 6.0)
+    like.threshold = torch.full((64,), 1.8)
     wanted = float((like.encode(acts) > 0).sum(1).float().mean())
     assert 0.5 < wanted < 7
     assert float((random_sae(like, acts).encode(acts) > 0).sum(1).float().mean()) == pytest.approx(
