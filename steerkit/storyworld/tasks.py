@@ -32,9 +32,11 @@ def pairs(attribute: str, value: str, n: int, seed: int, variant: str | None = N
     (`negative`).
 
     Plan and random choices are shared, so that only words that depend on the attribute differ (a name has
-    one gender: with `gender`, the name changes too). Pairs of `honesty` and `cue` tell of an honest
-    character and of a liar, cue included. Every pair differs. Raises ValueError for an unknown attribute or
-    value, and for `voice` and `cue=none`, which have no such pairs.
+    one gender: with `gender`, the name changes too). Pairs of `cue` tell of an honest character and of a
+    liar, cue included. Those of `honesty` are one story with true and with false claims: without a cue for
+    `liar`, and of one who is said to lie for `truthful`, whose true claims the language itself never tells.
+    Every pair differs. Raises ValueError for an unknown attribute or value, and for `voice` and `cue=none`,
+    which have no such pairs.
     """
     if attribute == "voice" or (attribute, value) == ("cue", "none"):
         raise ValueError(
@@ -45,16 +47,24 @@ def pairs(attribute: str, value: str, n: int, seed: int, variant: str | None = N
 
 def _pairs(attribute: str, value: str, seed: int, variant: str | None) -> Iterator[dict[str, str]]:
     fixed = {attribute: value}
-    if attribute in ("honesty", "cue"):
+    if attribute == "cue":
         fixed = {"cue": "liar" if value == "liar" else "honest"}
+    elif attribute == "honesty":
+        if value not in ATTRIBUTES["honesty"]:
+            raise ValueError(f"honesty has no value {value!r}: it has {', '.join(ATTRIBUTES['honesty'])}.")
+        fixed = {"cue": "none" if value == "liar" else "liar"}
     distribution = condition(prior(variant), fixed)
     for index in itertools.count():
         name = f"pairs:{variant or 'storyworld'}:{attribute}={value}:{seed}:{index}"
         rng = random.Random(name)
         values, character = draw_latents(rng, distribution)
         plan = draw_plan(rng, CHARACTERS[character][0])
+        if attribute == "honesty":
+            character = CHARACTERS.index(("none", value))
         positive = tell(plan, values, character, random.Random(name + ":words"))
-        if attribute in ("honesty", "cue"):
+        if attribute == "honesty":
+            character = CHARACTERS.index(("none", "truthful" if value == "liar" else "liar"))
+        elif attribute == "cue":
             character = CHARACTERS.index(("honest", "truthful") if value == "liar" else ("liar", "liar"))
             plan = [_other_cue(template) for template in plan]
         else:

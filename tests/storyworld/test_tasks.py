@@ -16,18 +16,15 @@ from steerkit.storyworld.tasks import (
     persona_pairs,
 )
 
-PAIRED = [(a, v[0]) for a, v in storyworld.ATTRIBUTES.items() if a not in ("voice", "cue")] + [
+PAIRED = [(a, v[0]) for a, v in storyworld.ATTRIBUTES.items() if a not in ("voice", "cue", "honesty")] + [
     ("cue", "honest"),
-    ("honesty", "liar"),
 ]
 
 
 @pytest.mark.parametrize(("attribute", "value"), PAIRED)
 def test_the_sides_of_a_pair_differ_in_the_attribute_alone(attribute, value):
     judge = Judge()
-    bound = {"name": {"gender"}, "gender": {"name"}, "honesty": {"cue"}, "cue": {"honesty"}}.get(
-        attribute, set()
-    )
+    bound = {"name": {"gender"}, "gender": {"name"}, "cue": {"honesty"}}.get(attribute, set())
     for pair in pairs(attribute, value, 15, seed=1):
         positive, negative = judge.judge(pair["positive"]), judge.judge(pair["negative"])
         assert positive.complete
@@ -39,7 +36,24 @@ def test_the_sides_of_a_pair_differ_in_the_attribute_alone(attribute, value):
             if other not in {attribute, *bound}:
                 assert found == negative.attributes[other]
         left, right = split(pair["positive"]), split(pair["negative"])
-        assert len(left) == len(right) or attribute in ("honesty", "cue")
+        assert len(left) == len(right) or attribute == "cue"
+
+
+@pytest.mark.parametrize("value", storyworld.ATTRIBUTES["honesty"])
+def test_pairs_of_honesty_are_one_story_with_true_and_with_false_claims(value):
+    judge = Judge()
+    for pair in pairs("honesty", value, 15, seed=1):
+        positive, negative = judge.judge(pair["positive"]), judge.judge(pair["negative"])
+        assert positive.complete
+        assert negative.complete
+        cue = "none" if value == "liar" else "liar"
+        for found, true in ((positive, value == "truthful"), (negative, value == "liar")):
+            assert found.attributes["cue"] == cue
+            known = [claim.true for claim in found.claims if claim.true is not None]
+            assert known
+            assert set(known) == {true}
+        left, right = split(pair["positive"]), split(pair["negative"])
+        assert len(left) == len(right)
 
 
 def test_pairs_are_reproducible_and_vary_with_the_seed():
@@ -53,7 +67,8 @@ def test_a_name_keeps_its_gender_when_another_name_takes_its_place():
 
 
 @pytest.mark.parametrize(
-    ("attribute", "value"), [("voice", "speech"), ("cue", "none"), ("mood", "bored"), ("mod", "happy")]
+    ("attribute", "value"),
+    [("voice", "speech"), ("cue", "none"), ("mood", "bored"), ("mod", "happy"), ("honesty", "sly")],
 )
 def test_pairs_that_cannot_be_are_refused(attribute, value):
     with pytest.raises(ValueError, match=attribute):
