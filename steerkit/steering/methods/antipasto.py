@@ -108,6 +108,7 @@ class AntiPaSTO(Trained):
 
     def fit(self, model: HookedModel, pairs: Pairs, sites: Sequence[str]) -> SteeringVector:
         """Raises InputError for less than 2 pairs, several sites, or a site before which no linear module writes."""
+        sites = sites or [f"blocks.{(model.n_layers - 1) // 2}.hook_resid_post"]
         if len(sites) != 1:
             raise InputError(
                 f"antipasto tells the sides apart at one site, and {len(sites)} were given: choose one."
