@@ -147,3 +147,18 @@ def test_bad_conversions_and_merges_are_one_clear_line(file, tmp_path):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes((tmp_path / "v.gguf").read_bytes()[:300])
     assert "damaged" in refused("steer", "convert", cut, "--to", "pt", "--out", tmp_path / "z")
+
+
+def test_sweep_writes_a_report_and_resumes(tmp_path):
+    command = ["steer", "sweep", "--methods", "mean_diff,random", "--sites", SITE, "--kl-targets", "1"]
+    command += ["--n-prompts", "12", "--set", "n_pairs=16", "--set", "samples=1", "--set", "max_new_tokens=8"]
+    command += ["--set", "shuffled=[]", "--out", tmp_path / "s", "--json"]
+    found, _ = steerkit(*command)
+    assert {"mean_diff", "random", "prompting"} == set(found["best"])
+    assert {"method", "site", "strength", "effect", "effect_base", "kl", "n"} <= found["results"][0].keys()
+    assert (tmp_path / "s" / "report.html").is_file()
+    assert steerkit(*command, "--resume")[0]["best"] == found["best"]
+    assert "--resume" in refused(*command)
+    assert "mean_diff" in refused("steer", "sweep", "--methods", "mean", "--out", tmp_path / "t")
+    assert "mood" in refused("steer", "sweep", "--pairs", "storyworld:moud=happy", "--out", tmp_path / "t")
+    assert "words:" in refused("steer", "sweep", "--effect", "joy", "--out", tmp_path / "t")
