@@ -132,7 +132,7 @@ def _in_child(
             if os.waitpid(child, os.WNOHANG)[0]:
                 return (out / "summary.json").exists()
             time.sleep(0.001)
-        time.sleep(kill.uniform(0.0, 0.25))
+        time.sleep(kill.uniform(0.0, 0.06))
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert kill is not None or status == 0, f"the child ended with {status}"
