@@ -56,7 +56,7 @@ def random_llama(layers: int, width: int) -> HookedModel:
 
 def extraction(model: HookedModel, pairs: Pairs, batch: int) -> dict[str, Work]:
     """The same pairs at the same layer, last token of each side."""
-    layer = model.n_layers // 2
+    layer = (model.n_layers - 1) // 2
     site = f"blocks.{layer}.hook_resid_post"
     works: dict[str, Work] = {
         "steerkit": lambda: steering.fit(model, pairs, method="mean_diff", site=site, read="last")
