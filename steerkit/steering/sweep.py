@@ -312,7 +312,7 @@ class _Sweep:
     def _within(self, record: Mapping[str, Any]) -> bool:
         """Whether a measurement stays within the budgets."""
         lost = 0.0
-        if record["grammaticality"] is not None:
+        if record["grammaticality"] is not None and record["grammaticality_base"] is not None:
             lost = record["grammaticality_base"] - record["grammaticality"]
         kl = record["kl"]
         return (

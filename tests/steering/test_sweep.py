@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,6 +146,28 @@ def test_a_vector_that_destroys_the_model_is_reported_as_such(model, task, tmp_p
     assert "budgets" in result.best["mean_diff"]["reason"]
     assert result.validation[0]["destroyed"] or result.validation[0]["kl"] > 10
     write_report(result, tmp_path / "r" / "report.html")
+
+
+def test_a_base_model_that_finishes_no_sentence_has_no_grammar_to_lose(model, task, tmp_path, monkeypatch):
+    real = module.Bench.measure
+
+    def measure(self, *arguments, **options):
+        found = real(self, *arguments, **options)
+        plain = {**found.to_dict(), "grammaticality": 0.5, "grammaticality_base": None}
+        return SimpleNamespace(to_dict=lambda: plain, texts=found.texts)
+
+    monkeypatch.setattr(module.Bench, "measure", measure)
+    config = SweepConfig(
+        methods=("mean_diff",),
+        sites=(SITE,),
+        shuffled=(),
+        strengths=(1.0,),
+        n_pairs=8,
+        samples=1,
+        max_new_tokens=8,
+    )
+    result = sweep(model, task.pairs, task.effect, task.validation, task.test, tmp_path / "r", config)
+    assert result.best["mean_diff"]["strength"] == 1.0
 
 
 def test_prompts_may_not_be_in_both_parts_and_settings_are_checked(model, task, tmp_path):
