@@ -27,7 +27,8 @@ import torch
 
 from steerkit import HookedModel, steering
 from steerkit.finetune import frozen, log_probs
-from steerkit.steering.methods.learning import Below, encode_pairs, preference, sides_of, with_references
+from steerkit.steering.methods.below import Below
+from steerkit.steering.methods.learning import encode_pairs, preference, sides_of, with_references
 from steerkit.steering.pairs import Pairs
 
 Work = Callable[[], Any]

@@ -277,11 +277,21 @@ def same(lhs: Tensor | None, rhs: Tensor | None, part: Tensor | None = None) -> 
 
 def is_projection(module: nn.Module) -> bool:
     """A linear map: nn.Linear, GPT-2's Conv1D, their quantised kin, or a PEFT layer around one."""
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+    if isinstance(module, nn.Linear) or is_transposed(module):
         return True
     if hasattr(module, "base_layer"):
         return isinstance(module.base_layer, nn.Module) and is_projection(module.base_layer)
     return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear map keeps its weight as (d_in, d_out): GPT-2's Conv1D."""
+    return type(module).__name__ == "Conv1D"
+
+
+def weight_of(module: Any) -> Float[Tensor, "d_out d_in"]:
+    """The weight of a linear map, the same memory."""
+    return module.weight.T if is_transposed(module) else module.weight
 
 
 def takes_mask(module: nn.Module) -> bool:

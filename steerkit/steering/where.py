@@ -146,6 +146,11 @@ class Where:
         """What follows the last `marker` of the prompt, such as the end of the user's turn."""
         return cls(marker=marker if isinstance(marker, str) else tuple(marker))
 
+    @classmethod
+    def every_token(cls) -> Where:
+        """BOS too: where weights act, and other tools."""
+        return cls(bos=True)
+
     def __post_init__(self) -> None:
         if not (self.prompt or self.generation):
             raise InputError("Neither prompt nor generation is steered: nothing is left to do.")

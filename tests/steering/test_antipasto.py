@@ -175,7 +175,7 @@ def test_what_is_trained_pulls_the_sides_apart_and_the_sign_is_found(model, pair
     make, trained = method._parts(model, examples, writers(model, SITE), 3)
     loss = _Loss(method, model, SITE, 3, make, examples, 8)
     with frozen(model):
-        losses = optimise(trained, examples, loss, replace(method.training, epochs=8))
+        losses = optimise(trained, examples, loss, replace(method, epochs=8))
     assert losses[-1] < losses[0] - 5
     vector = steering.fit(model, pairs, method="antipasto", site=SITE, **QUICK)
     held_out = encode_pairs(model, steering.load_pairs(storyworld.persona_pairs(["colour"], 16, seed=7)))

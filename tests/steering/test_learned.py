@@ -23,8 +23,8 @@ from steerkit.finetune import (
     with_reference,
 )
 from steerkit.steering.conditions import best_threshold
+from steerkit.steering.methods.below import Below
 from steerkit.steering.methods.learning import (
-    Below,
     PairExample,
     encode_pairs,
     preference,

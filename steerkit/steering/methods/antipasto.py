@@ -41,9 +41,10 @@ from torch.nn import functional as F
 from steerkit.errors import InputError
 from steerkit.finetune import Example, frozen, optimise, padded
 from steerkit.models import HookedModel
+from steerkit.sites import weight_of
 from steerkit.steering.edits import SingularRotate
 from steerkit.steering.methods.base import register
-from steerkit.steering.methods.learning import Make, PairExample, Trained, detached, encode_pairs
+from steerkit.steering.methods.learning import Make, PairExample, Trained, detached, encode_pairs, sides_of
 from steerkit.steering.pairs import Pairs
 from steerkit.steering.vector import SteeringVector
 from steerkit.steering.where import Where
@@ -89,6 +90,7 @@ class AntiPaSTO(Trained):
     of_sites: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("rank", "n_tokens", "subspace"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -120,16 +122,16 @@ class AntiPaSTO(Trained):
         held_out = min(max(1, round(self.calibration * len(pairs))), len(pairs) - 1)
         train, rest = pairs.split(1 - held_out / len(pairs), seed=self.seed)
         examples, calibration = encode_pairs(model, train), encode_pairs(model, rest)
-        n = min([self.n_tokens, *(len(s) - s.start for e in examples + calibration for s in _sides([e]))])
+        n = min([self.n_tokens, *(len(s) - s.start for e in examples + calibration for s in sides_of([e]))])
         make, trained = self._parts(model, examples, modules, n)
         provenance = self.provenance(model, pairs, sites)
 
         def vector() -> SteeringVector:
-            return SteeringVector(make().edits, provenance, Where(bos=True))
+            return SteeringVector(make().edits, provenance, Where.every_token())
 
         with frozen(model):
-            loss = _Loss(self, model, site, n, vector, examples, self.training.steps(len(examples)))
-            optimise(trained, examples, loss, self.training, title=self.name, quiet=self.quiet)
+            loss = _Loss(self, model, site, n, vector, examples, self.steps(len(examples)))
+            optimise(trained, examples, loss, self, title=self.name, quiet=self.quiet)
         found = detached(vector())
         return found if positive_pull(model, found, calibration, n, site) > 0 else _opposite(found)
 
@@ -185,8 +187,7 @@ def _weight(model: HookedModel, path: str) -> Float[Tensor, "d_out d_in"]:
     module: Any = model.model.get_submodule(path)
     if not module.weight.is_floating_point():
         raise InputError(f"{path} of {model.name} is quantised: its singular values cannot be taken.")
-    weight = module.weight.detach().float()
-    return weight.T if type(module).__name__ == "Conv1D" else weight
+    return weight_of(module).detach().float()
 
 
 def _svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,8 +226,8 @@ def _inputs(
     """Site -> activations of the (positive, negative) sides' last n tokens, (n_pairs * n, width), on the CPU."""
     parts: dict[str, list[Tensor]] = {site: [] for site in sites}
     for batch in _batches(examples):
-        ids, mask = padded(model, _sides(batch))
-        last = _last(_sides(batch), n, ids.device)
+        ids, mask = padded(model, sides_of(batch))
+        last = _last(sides_of(batch), n, ids.device)
         with torch.no_grad():
             acts = model.run(ids, mask, sites=sites)
         for site in sites:
@@ -273,11 +274,6 @@ def _batches(examples: Sequence[PairExample]) -> Iterator[Sequence[PairExample]]
     return (examples[i : i + READ_BATCH] for i in range(0, len(examples), READ_BATCH))
 
 
-def _sides(batch: Sequence[PairExample]) -> list[Example]:
-    """Positive sides, then negative ones."""
-    return [e.positive for e in batch] + [e.negative for e in batch]
-
-
 def _last(sides: Sequence[Example], n: int, device: torch.device) -> Tensor:
     """(rows, n): columns of the last n tokens."""
     ends = torch.tensor([len(side) for side in sides], device=device)
@@ -316,13 +312,13 @@ class _Loss:
 
     def base(self, batch: Sequence[PairExample]) -> _Reading:
         with torch.no_grad():
-            return _read(self.model, self.site, _sides(batch), self.n)
+            return _read(self.model, self.site, sides_of(batch), self.n)
 
     def __call__(self, batch: Sequence[PairExample]) -> Tensor:
         b = len(batch)
         base = self.base(batch)
         with self.model.steer(self.make(), strength=torch.tensor([1.0, -1.0]).repeat_interleave(2 * b)):
-            both = _read(self.model, self.site, _sides(batch), self.n, copies=2)
+            both = _read(self.model, self.site, sides_of(batch), self.n, copies=2)
         up, down = both.part(slice(0, 2 * b)), both.part(slice(2 * b, None))
         config, ramp = self.config, next(self.ramp)
         entropy = -(base.log_p.exp() * base.log_p).sum(-1)
@@ -404,9 +400,9 @@ def positive_pull(
     for batch in _batches(examples):
         b = len(batch)
         with torch.no_grad():
-            base = _read(model, site, _sides(batch), n).log_p.exp()
+            base = _read(model, site, sides_of(batch), n).log_p.exp()
             with model.steer(vector, strength=torch.tensor([1.0, -1.0]).repeat_interleave(2 * b)):
-                both = _read(model, site, _sides(batch), n, copies=2).log_p
+                both = _read(model, site, sides_of(batch), n, copies=2).log_p
         up, down = both.chunk(2)
         other = torch.cat([base[b:], base[:b]])
         nearer = (other * (up - down)).sum(-1).mean(1)

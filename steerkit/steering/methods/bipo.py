@@ -21,8 +21,8 @@ from steerkit.finetune import frozen, optimise
 from steerkit.models import HookedModel
 from steerkit.steering.edits import Add
 from steerkit.steering.methods.base import register
+from steerkit.steering.methods.below import Below
 from steerkit.steering.methods.learning import (
-    Below,
     PairExample,
     Trained,
     detached,
@@ -68,5 +68,5 @@ class BiPO(Trained):
             return preference(model, make, batch, beta=self.beta, signs=signs, below=below)
 
         with frozen(model):
-            optimise(vectors.values(), examples, loss, self.training, title=self.name, quiet=self.quiet)
+            optimise(vectors.values(), examples, loss, self, title=self.name, quiet=self.quiet)
         return detached(make())

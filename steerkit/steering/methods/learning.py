@@ -7,7 +7,7 @@ reach them through `model.steer`. Of a pair only what follows the tokens that it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,14 +15,13 @@ from torch import Tensor
 
 from steerkit import finetune
 from steerkit.errors import InputError
-from steerkit.finetune import DRRho, Example, OptimiseConfig, Reduction
+from steerkit.finetune import Example, OptimiseConfig, Reduction
 from steerkit.models import HookedModel
 from steerkit.steering.methods.base import Method
 from steerkit.steering.methods.below import Below, standing_in
 from steerkit.steering.pairs import Pairs
 from steerkit.steering.reading import encode_side
 from steerkit.steering.vector import SteeringVector, Strengths
-from steerkit.steering.where import Where
 
 Make = Callable[[], SteeringVector]
 
@@ -55,6 +54,11 @@ def encode_pairs(model: HookedModel, pairs: Pairs) -> list[PairExample]:
     return found
 
 
+def sides_of(examples: Sequence[PairExample]) -> list[Example]:
+    """Positive sides, then negative ones."""
+    return [e.positive for e in examples] + [e.negative for e in examples]
+
+
 def preference(
     model: HookedModel,
     make: Make,
@@ -62,17 +66,16 @@ def preference(
     *,
     beta: float,
     signs: Tensor | None = None,
-    where: Where | None = None,
     below: Below | None = None,
 ) -> Tensor:
     """-log σ(β s Δ), mean over pairs; Δ = log π(y+)/π(y-) - log π_ref(y+)/π_ref(y-), `signs` s of ±1 for each pair or all +1.
 
     Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, bidirectional as in Cao et al. 2024. The examples carry π_ref.
     """
-    examples = [e.positive for e in batch] + [e.negative for e in batch]
+    examples = sides_of(batch)
     strength = torch.ones(len(batch)) if signs is None else signs
     with standing_in(below, examples):
-        found = steered_log_probs(model, make(), examples, torch.cat([strength, strength]), where)
+        found = steered_log_probs(model, make(), examples, torch.cat([strength, strength]))
     positive, negative = found.chunk(2)
     reference = torch.tensor([e.positive.reference - e.negative.reference for e in batch]).to(found)
     margin = beta * strength.to(found) * (positive - negative - reference)
@@ -84,11 +87,10 @@ def steered_log_probs(
     vector: SteeringVector,
     examples: Sequence[Example],
     strength: Strengths = 1.0,
-    where: Where | None = None,
 ) -> Tensor:
     """Log-probability of each example's tokens from `start` on, what comes before being the prompt; (batch,)."""
     lengths = torch.tensor([e.start for e in examples])
-    with model.steer(vector, strength=strength, where=where, prompt_lengths=lengths):
+    with model.steer(vector, strength=strength, prompt_lengths=lengths):
         return finetune.log_probs(model, examples)
 
 
@@ -105,45 +107,20 @@ def steered_cross_entropy(
         return finetune.cross_entropy(model, examples, reduction)
 
 
-def sides_of(examples: Sequence[PairExample]) -> list[Example]:
-    """Both sides of all pairs."""
-    return [side for e in examples for side in (e.positive, e.negative)]
-
-
 def with_references(model: HookedModel, examples: Sequence[PairExample]) -> list[PairExample]:
     """The pairs with both sides' log-probabilities under the model as it is: once, not at every step."""
     sides = finetune.with_reference(model, sides_of(examples))
-    return [PairExample(p, n) for p, n in zip(sides[::2], sides[1::2])]
+    return [PairExample(*pair) for pair in zip(sides[: len(examples)], sides[len(examples) :])]
 
 
 @dataclass(frozen=True)
-class Trained(Method):
-    """A method that trains what it puts into the model."""
+class Trained(OptimiseConfig, Method):
+    """A method that trains what it puts into the model: the settings of the loop are its own."""
 
-    lr: float = 1e-3
-    """Peak learning rate of AdamW."""
-    epochs: float = 1.0
-    batch_size: int = 16
-    schedule: str = "linear"
-    """How the rate falls: `linear`, `cosine` or `constant`."""
-    warmup: float = 0.05
-    """Share of the steps over which it rises."""
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    """Greatest norm of the gradient."""
-    seed: int = 0
     quiet: bool = True
     """False: show progress on stderr."""
 
     needs_lm_head: ClassVar[bool] = True
-
-    @property
-    def training(self) -> OptimiseConfig:
-        """The settings of the loop."""
-        names = {f.name for f in fields(self)}
-        return OptimiseConfig(
-            **{f.name: getattr(self, f.name) for f in fields(OptimiseConfig) if f.name in names}
-        )
 
     def provenance(self, model: HookedModel, pairs: Pairs, sites: Sequence[str]) -> dict[str, Any]:
         found = super().provenance(model, pairs, sites)
@@ -160,19 +137,3 @@ def detached(vector: SteeringVector) -> SteeringVector:
         }
         edits.append(replace(edit, **tensors))
     return replace(vector, edits=tuple(edits))
-
-
-__all__ = [
-    "Below",
-    "DRRho",
-    "Make",
-    "PairExample",
-    "Trained",
-    "detached",
-    "encode_pairs",
-    "preference",
-    "sides_of",
-    "steered_cross_entropy",
-    "steered_log_probs",
-    "with_references",
-]

@@ -25,8 +25,8 @@ from steerkit.finetune import frozen, optimise
 from steerkit.models import HookedModel
 from steerkit.steering.edits import LowRank
 from steerkit.steering.methods.base import register
+from steerkit.steering.methods.below import Below
 from steerkit.steering.methods.learning import (
-    Below,
     PairExample,
     Trained,
     detached,
@@ -67,6 +67,7 @@ class ReFT(Trained):
     name: ClassVar[str] = "reft"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, given, known in (
             ("kind", self.kind, KINDS),
             ("objective", self.objective, OBJECTIVES),
@@ -107,7 +108,7 @@ class ReFT(Trained):
 
         parameters = [p for part in parts.values() for p in part.parameters() if p.requires_grad]
         with frozen(model):
-            optimise(parameters, examples, loss, self.training, title=self.kind, quiet=self.quiet)
+            optimise(parameters, examples, loss, self, title=self.kind, quiet=self.quiet)
         return detached(make())
 
 

@@ -54,7 +54,7 @@ class ReFTr1(Trained):
             .requires_grad_()
             for site in sites
         }
-        n_steps, step = self.training.steps(len(examples)), 0
+        n_steps, step = self.steps(len(examples)), 0
         penalties: list[Tensor] = []
         counted = torch.empty(0)
 
@@ -89,7 +89,7 @@ class ReFTr1(Trained):
                 directions.values(),
                 examples,
                 loss,
-                self.training,
+                self,
                 before_step=lambda: _across(directions.values()),
                 after_step=renormalise,
                 title=self.name,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from steerkit import finetune
 from steerkit.errors import InputError
 from steerkit.finetune import Example, frozen, optimise
 from steerkit.models import HookedModel
+from steerkit.sites import weight_of
 from steerkit.steering.edits import WeightDelta
 from steerkit.steering.methods.base import register
 from steerkit.steering.methods.learning import Trained, detached, encode_pairs
@@ -64,7 +65,7 @@ class WeightArithmetic(Trained):
             A = torch.cat([one[path][0] for one in tuned])
             B = torch.cat([sign * one[path][1] for sign, one in zip((1, -1), tuned)], dim=1)
             edits.append(WeightDelta(path, A, B * (self.alpha / self.rank)))
-        vector = SteeringVector(tuple(edits), self.provenance(model, pairs, []), Where(bos=True))
+        vector = SteeringVector(tuple(edits), self.provenance(model, pairs, []), Where.every_token())
         return detached(vector)
 
     def _tune(
@@ -74,13 +75,13 @@ class WeightArithmetic(Trained):
         generator = torch.Generator().manual_seed(self.seed)
         tensors = {}
         for path in modules:
-            d_in, d_out = _shape(model, path)
+            d_out, d_in = weight_of(model.model.get_submodule(path)).shape
             bound = 1 / math.sqrt(d_in)
             A = torch.empty(self.rank, d_in).uniform_(-bound, bound, generator=generator)
             B = torch.zeros(d_out, self.rank)
             tensors[path] = tuple(t.to(model.device).requires_grad_() for t in (A, B))
         scale = self.alpha / self.rank
-        everywhere = Where(bos=True)
+        everywhere = Where.every_token()
 
         def loss(batch: list[Example]) -> Tensor:
             edits = tuple(WeightDelta(path, A, B, scale=scale) for path, (A, B) in tensors.items())
@@ -89,12 +90,5 @@ class WeightArithmetic(Trained):
 
         with frozen(model):
             flat = [t for pair in tensors.values() for t in pair]
-            optimise(flat, examples, loss, self.training, title=self.name, quiet=self.quiet)
+            optimise(flat, examples, loss, self, title=self.name, quiet=self.quiet)
         return tensors  # type: ignore[return-value]
-
-
-def _shape(model: HookedModel, path: str) -> tuple[int, int]:
-    """(width of the input, of the output)."""
-    module: Any = model.model.get_submodule(path)
-    rows, columns = module.weight.shape
-    return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
