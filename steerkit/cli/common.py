@@ -50,6 +50,11 @@ Set = Annotated[
 ]
 
 
+def items(text: str | None) -> list[str] | None:
+    """The values of an option that takes several, with commas between."""
+    return None if text is None else [item.strip() for item in text.split(",") if item.strip()]
+
+
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let `function` end as the command line promises: 0 done, 2 bad usage or input, 1 failure, 130 interrupted."""
 

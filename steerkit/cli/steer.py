@@ -10,23 +10,30 @@ from typing import Annotated, Any
 
 import typer
 
-from steerkit.cli.common import Config, Device, Dtype, Json, Model, Quiet, Seed, Set, emit, load_model, say
+from steerkit.cli.common import (
+    Config,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Quiet,
+    Seed,
+    Set,
+    emit,
+    items,
+    load_model,
+    say,
+)
 from steerkit.cli.settings import build, merge
 from steerkit.errors import InputError
-from steerkit.steering import METHODS, SteeringVector, Where, export, fit, load_any, load_pairs
+from steerkit.steering import METHODS, SteeringVector, export, fit, load_any, load_pairs
 from steerkit.steering import merge as merge_weights
 from steerkit.steering.fitting import get
 from steerkit.steering.formats import FORMATS, ConversionWarning, format_of
-from steerkit.steering.sweep import SweepConfig, default_sites
+from steerkit.steering.sweep import WHERES, SweepConfig, default_sites
 from steerkit.steering.sweep import sweep as run_sweep
 from steerkit.steering.sweep_report import write_report
 from steerkit.steering.tasks import make_task
-
-WHERES = {
-    "everywhere": Where(),
-    "prompt": Where.prompt_only(),
-    "generation": Where.generation_only(),
-}
 
 
 def extract(
@@ -156,7 +163,7 @@ def sweep_vectors(
     ] = None,
     n_prompts: Annotated[
         int | None,
-        typer.Option("--n-prompts", help="Prompts: a third to choose by, the rest to report. [150]"),
+        typer.Option("--n-prompts", help="Prompts: a third to choose by, the rest to report. [180]"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few prompts, pairs and sites: minutes.")] = False,
     resume: Annotated[
@@ -172,10 +179,10 @@ def sweep_vectors(
 ) -> None:
     """Compare steering methods at equal divergence from the unsteered model, and write one report."""
     flags = {
-        "methods": _names(methods),
-        "sites": _names(sites),
-        "strengths": None if strengths is None else [_number(s) for s in _names(strengths) or ()],
-        "kl_targets": None if kl_targets is None else [_number(s) for s in _names(kl_targets) or ()],
+        "methods": items(methods),
+        "sites": items(sites),
+        "strengths": None if strengths is None else [_number(s) for s in items(strengths) or ()],
+        "kl_targets": None if kl_targets is None else [_number(s) for s in items(kl_targets) or ()],
         "seed": seed,
     }
     values = merge(config, set_ or [], flags)
@@ -217,10 +224,6 @@ def sweep_vectors(
         say(f"{name:<28}{told}", quiet=quiet)
     say(f"{out / 'report.html'}", quiet=quiet)
     emit(result.to_dict(), as_json=json)
-
-
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [item.strip() for item in text.split(",") if item.strip()]
 
 
 def _number(text: str) -> float:

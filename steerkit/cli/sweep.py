@@ -27,6 +27,7 @@ from steerkit.cli.common import (
     Set,
     TextColumn,
     emit,
+    items,
     load_model,
     say,
 )
@@ -109,7 +110,7 @@ def sweep_sae(
         "model": model,
         "data": data,
         **{
-            name: _items(value)
+            name: items(value)
             for name, value in (
                 ("sites", sites),
                 ("archs", archs),
@@ -175,10 +176,6 @@ def sweep_sae(
         )
     say(f"{out / 'report.html'}", quiet=quiet)
     emit(summary, as_json=json)
-
-
-def _items(text: str | None) -> list[str] | None:
-    return None if text is None else [item.strip() for item in text.split(",") if item.strip()]
 
 
 def _jobs(settings: SweepSAE, widths: dict[str, int]) -> list[sae.Job]:

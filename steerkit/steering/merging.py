@@ -29,12 +29,11 @@ from steerkit.errors import InputError, SiteError, SteerkitError
 from steerkit.loading import quiet
 from steerkit.models import HookedModel
 from steerkit.runs import atomic_path, write_json
-from steerkit.sites import probe_ids
+from steerkit.sites import is_transposed, probe_ids
 from steerkit.steering.edits import Add, Project, WeightDelta
 from steerkit.steering.vector import SteeringVector
 from steerkit.steering.where import Where
 
-EVERY_TOKEN = Where(bos=True)
 RECORD = "steering.json"
 """What was merged, and where it came from; Hugging Face does not read it."""
 
@@ -162,7 +161,7 @@ def _require_plain(model: HookedModel) -> None:
 def _at_every_token(vector: SteeringVector, bos: bool) -> SteeringVector:
     if vector.condition is not None:
         raise InputError("The vector steers under a condition only, and weights act always.")
-    if vector.where not in (Where(), EVERY_TOKEN):
+    if vector.where not in (Where(), Where.every_token()):
         raise InputError(
             "The vector is for some tokens or steps only, and weights act on all of them: "
             "set its `where` to Where(bos=True) if that is meant."
@@ -171,7 +170,7 @@ def _at_every_token(vector: SteeringVector, bos: bool) -> SteeringVector:
         raise InputError(
             "The vector leaves BOS alone, which weights cannot: give bos=True (--merge-bos) to steer BOS as well."
         )
-    return SteeringVector(vector.edits, vector.provenance, EVERY_TOKEN)
+    return SteeringVector(vector.edits, vector.provenance, Where.every_token())
 
 
 # weights
@@ -182,7 +181,7 @@ def _merge_deltas(plan: _Plan, deltas: Sequence[WeightDelta]) -> None:
         name = f"{edit.site}.weight"
         module = plan.plain.get_submodule(edit.site)
         change = edit.scale * edit.B.detach().float().cpu() @ edit.A.detach().float().cpu()
-        change = change.T if _is_transposed(module) else change
+        change = change.T if is_transposed(module) else change
         weight = plan.parameter(name)
         if weight.shape != change.shape:
             raise InputError(
@@ -190,10 +189,6 @@ def _merge_deltas(plan: _Plan, deltas: Sequence[WeightDelta]) -> None:
             )
         _untie_if(plan, module)
         plan.tensors[name] = weight + change
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"
 
 
 def _untie_if(plan: _Plan, module: nn.Module) -> None:
@@ -216,7 +211,7 @@ def _merge_additions(plan: _Plan, vector: SteeringVector) -> None:
         change = added.detach().float().cpu()
         if inward:
             weight = plan.parameter(f"{path}.weight")
-            change = change @ (weight if _is_transposed(module) else weight.T)
+            change = change @ (weight if is_transposed(module) else weight.T)
         else:
             _require_same(plan.model, site, path)
         if isinstance(module, nn.Embedding):
@@ -351,7 +346,7 @@ def _merge_projections(plan: _Plan, edits: Sequence[Project]) -> None:
         name = f"{path}.weight"
         _untie_if(plan, module)
         weight = plan.parameter(name)
-        outward = isinstance(module, nn.Embedding) or _is_transposed(module)
+        outward = isinstance(module, nn.Embedding) or is_transposed(module)
         plan.tensors[name] = project(weight) if outward else project(weight.T).T.contiguous()
         if getattr(module, "bias", None) is not None:
             plan.tensors[f"{path}.bias"] = project(plan.parameter(f"{path}.bias"))

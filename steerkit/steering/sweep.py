@@ -301,13 +301,15 @@ class _Sweep:
             "strength": strength,
             **found.to_dict(),
             **more,
-            "texts": [
-                list(pair)
-                for pair in found.texts[: SAMPLES_SHOWN * self.config.samples : self.config.samples]
-            ],
+            "texts": self._shown(found),
         }
         self.run.log(record)
         self.records[key] = jsonable(record)
+
+    def _shown(self, found: Measurement) -> list[list[str]]:
+        """A text each of the first prompts."""
+        each = self.config.samples
+        return [list(pair) for pair in found.texts[: SAMPLES_SHOWN * each : each]]
 
     def _within(self, record: Mapping[str, Any]) -> bool:
         """Whether a measurement stays within the budgets."""
@@ -323,21 +325,14 @@ class _Sweep:
         )
 
     def result(self) -> SweepResult:
-        base = {
-            **self.benches["test"].base.to_dict(),
-            "texts": [
-                list(pair)
-                for pair in self.benches["test"].base.texts[
-                    : SAMPLES_SHOWN * self.config.samples : self.config.samples
-                ]
-            ],
-        }
+        base = self.benches["test"].base
         parts: dict[str, list[dict[str, Any]]] = {"validation": [], "test": []}
         for record in self.records.values():
             if record.get("part") in parts:
                 parts[record["part"]].append({k: v for k, v in record.items() if k != "part"})
         best = {name: {k: v for k, v in record.items() if k != "part"} for name, record in self.best.items()}
-        return SweepResult(parts["test"], best, parts["validation"], base, self.run.config)
+        shown = {**base.to_dict(), "texts": self._shown(base)}
+        return SweepResult(parts["test"], best, parts["validation"], shown, self.run.config)
 
 
 def middle(targets: Sequence[float]) -> float:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from steerkit.errors import CheckpointError, InputError
 from steerkit.models import HookedModel
 from steerkit.runs import atomic_write, jsonable
+from steerkit.sites import weight_of
 from steerkit.steering.edits import Add, Edit, WeightDelta, rebuild
 from steerkit.steering.tracking import Tracker
 from steerkit.steering.where import Tokens, Where
@@ -381,7 +382,7 @@ def _width(model: HookedModel, edit: Edit) -> int:
     weight = getattr(module, "weight", None)
     if weight is None or weight.dim() != 2:
         raise InputError(f"{edit.site} of {model.name} is no linear module: {type(module).__name__}.")
-    return weight.shape[1] if type(module).__name__ == "Conv1D" else weight.shape[0]
+    return weight_of(module).shape[0]
 
 
 def _inner(one: SteeringVector, other: SteeringVector) -> float:

@@ -17,9 +17,6 @@ from steerkit.steering.edits import Add, Edit
 from steerkit.steering.vector import SteeringVector
 from steerkit.steering.where import Constant, Where
 
-EVERY_TOKEN = Where(bos=True)
-"""What a file means that says nothing of tokens: BOS is steered too."""
-
 
 class ConversionWarning(UserWarning):
     """Something of a vector that the other format does not say."""

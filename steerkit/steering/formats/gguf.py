@@ -20,7 +20,6 @@ from steerkit.errors import CheckpointError, InputError
 from steerkit.runs import atomic_write
 from steerkit.steering.edits import Add
 from steerkit.steering.formats.base import (
-    EVERY_TOKEN,
     Format,
     Hints,
     begins,
@@ -32,6 +31,7 @@ from steerkit.steering.formats.base import (
     warn_of_tokens,
 )
 from steerkit.steering.vector import SteeringVector
+from steerkit.steering.where import Where
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 ARCHITECTURE = "controlvector"
@@ -86,7 +86,7 @@ def read(path: Path, hints: Hints) -> SteeringVector:
         for key, value in known.items()
         if key.startswith(f"{ARCHITECTURE}.") and not isinstance(value, list)
     }
-    return built(path, edits, EVERY_TOKEN, source="gguf", **facts)
+    return built(path, edits, Where.every_token(), source="gguf", **facts)
 
 
 def _block(name: str, path: Path) -> int:

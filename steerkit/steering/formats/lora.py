@@ -21,7 +21,6 @@ from steerkit.errors import CheckpointError, InputError
 from steerkit.runs import atomic_path, atomic_write, read_json, write_json
 from steerkit.steering.edits import WeightDelta
 from steerkit.steering.formats.base import (
-    EVERY_TOKEN,
     Format,
     Hints,
     built,
@@ -31,6 +30,7 @@ from steerkit.steering.formats.base import (
     warn_of_tokens,
 )
 from steerkit.steering.vector import SteeringVector
+from steerkit.steering.where import Where
 
 SETTINGS, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
@@ -113,7 +113,7 @@ def read(path: Path, hints: Hints) -> SteeringVector:
     if not edits:
         raise CheckpointError(f"{path} has no weights in it.")
     model = config.get("base_model_name_or_path")
-    return built(path, edits, EVERY_TOKEN, source="lora", **({"model": model} if model else {}))
+    return built(path, edits, Where.every_token(), source="lora", **({"model": model} if model else {}))
 
 
 def _tensors(path: Path) -> Mapping[str, Tensor]:

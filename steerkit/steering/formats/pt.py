@@ -21,7 +21,6 @@ from steerkit.errors import CheckpointError, InputError
 from steerkit.runs import atomic_path
 from steerkit.steering.edits import Add
 from steerkit.steering.formats.base import (
-    EVERY_TOKEN,
     Format,
     Hints,
     as_vector,
@@ -101,21 +100,21 @@ def _of_dictionary(stored: Mapping[Any, Any], path: Path) -> SteeringVector:
         if isinstance(stored.get(key), Mapping):
             stored = stored[key]
     edits = _additions(stored, kind, path)
-    return built(path, edits, EVERY_TOKEN, source="pt")
+    return built(path, edits, Where.every_token(), source="pt")
 
 
 def from_steering_vectors(vector: Any) -> SteeringVector:
     """The steering vector of an object of steering-vectors, at all tokens. Raises InputError for a kind of layer without a site."""
     name = type(vector).__name__
     edits = _additions(vector.layer_activations, vector.layer_type, name)
-    return SteeringVector(tuple(edits), {"source": "steering-vectors"}, EVERY_TOKEN)
+    return SteeringVector(tuple(edits), {"source": "steering-vectors"}, Where.every_token())
 
 
 def from_repeng(vector: Any) -> SteeringVector:
     """The steering vector of repeng's ControlVector, at all tokens; its layer k is the output of block k, from 0."""
     edits = _additions(vector.directions, "decoder_block", type(vector).__name__)
     hint = getattr(vector, "model_type", None)
-    return SteeringVector(tuple(edits), {"source": "repeng", "model_hint": hint}, EVERY_TOKEN)
+    return SteeringVector(tuple(edits), {"source": "repeng", "model_hint": hint}, Where.every_token())
 
 
 def _additions(layers: Mapping[Any, Any], kind: str, path: Path | str) -> list[Add]:
