@@ -36,7 +36,7 @@ class TargetL0:
         ln λ ← ln λ + gain · clip(e) + damping · (e - e_before)
 
     The gain is per step and set by the length of the run, so that short and long runs settle alike. The damping is what follows
-    the drift of L0 while the learning rate falls (measured: with 1 runs end up to 7 % off, with 10 they swing). λ starts small: a
+    the drift of L0 while the learning rate falls (with 1 runs end off the target, with 10 they swing). λ starts small: a
     warm-up in itself.
     """
 

@@ -57,7 +57,7 @@ class TrainConfig:
     """Tokens a step; by default a thousandth of the run, as a power of two from 512 to 4,096."""
     lr: float | None = None
     """Peak learning rate of Adam; by default 5 / √(d_in · d_sae), at most 0.02, times √(1000 / steps) for longer runs than 1,000
-    steps: the wider the SAE and the longer the run, the smaller the steps (measured: docs/saes.md)."""
+    steps: the wider the SAE and the longer the run, the smaller the steps (docs/saes.md)."""
     warmup: float = 0.05
     """Share of the run over which the learning rate rises."""
     decay: float = 0.5

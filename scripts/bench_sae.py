@@ -2,6 +2,7 @@
 
     python scripts/bench_sae.py                                  # d 512, 4,096 latents, batches of 4,096, all that is installed
     python scripts/bench_sae.py --archs gated --rounds 20 --threads 2
+    python scripts/bench_sae.py --alone --dense --archs l1 gated jumprelu       # ours only, as before latents have become few
     python scripts/bench_sae.py --device cuda --dtype bfloat16 --d-in 2048 --d-sae 32768 --archs topk batch_topk gated l1 jumprelu
 
 The floor is what a dense step cannot go below: five products of the step's shape (encode, decode, and the gradients of latents,
@@ -36,7 +37,7 @@ from sae.trainer import Trainer
 from steerkit.activations import Statistics
 
 Step = Callable[[Tensor], Any]
-ARCHITECTURES = ["gated", "l1", "topk", "batch_topk", "jumprelu"]
+ARCHITECTURES = ["gated", "l1", "sqrt_l1", "topk", "batch_topk", "jumprelu"]
 TOTAL_STEPS = 10_000
 """Length of the run that the timed steps belong to."""
 
@@ -75,7 +76,7 @@ def ours(arch: str, x: Tensor, d_sae: int, k: int, dtype: torch.dtype) -> Step:
     return trainer.step
 
 
-def sae_lens(arch: str, x: Tensor, d_sae: int, k: int, dtype: torch.dtype) -> Step:
+def sae_lens(arch: str, x: Tensor, d_sae: int, k: int, dtype: torch.dtype) -> Step | None:
     import sae_lens.saes as saes
     from sae_lens import LoggingConfig
     from sae_lens.config import SAETrainerConfig
@@ -89,6 +90,8 @@ def sae_lens(arch: str, x: Tensor, d_sae: int, k: int, dtype: torch.dtype) -> St
         "batch_topk": "BatchTopK",
         "jumprelu": "JumpReLU",
     }
+    if arch not in names:
+        return None
     name = f"{names[arch]}TrainingSAE"
     settings = {"k": k} if arch.endswith("topk") else {}
     config_ = getattr(saes, f"{name}Config")(d_in=d, d_sae=d_sae, device=str(x.device), **settings)
@@ -105,7 +108,7 @@ def sae_lens(arch: str, x: Tensor, d_sae: int, k: int, dtype: torch.dtype) -> St
     return lambda batch: trainer._train_step(trainer.sae, batch)
 
 
-def dictionary_learning(arch: str, x: Tensor, d_sae: int, k: int, dtype: torch.dtype) -> Step:
+def dictionary_learning(arch: str, x: Tensor, d_sae: int, k: int, dtype: torch.dtype) -> Step | None:
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.gdm import GatedSAETrainer
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer
@@ -121,6 +124,8 @@ def dictionary_learning(arch: str, x: Tensor, d_sae: int, k: int, dtype: torch.d
     options |= {"lm_name": "bench", "device": str(x.device)}
     trainers = {"l1": StandardTrainer, "gated": GatedSAETrainer, "topk": TopKTrainer}
     trainers |= {"batch_topk": BatchTopKTrainer, "jumprelu": JumpReluTrainer}
+    if arch not in trainers:
+        return None
     trainer = trainers[arch](**options, **({"k": k} if arch.endswith("topk") else {}))
     count = iter(range(1, TOTAL_STEPS))  # their step 0 only sets the bias
 
@@ -211,13 +216,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--alone", action="store_true", help="without the peers")
+    parser.add_argument("--dense", action="store_true", help="all of our products densely")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(arguments.threads)
 
-    peers, skipped = installed_peers()
+    peers, skipped = ({}, []) if arguments.alone else installed_peers()
+    if arguments.dense:
+        sae.trainer.SPARSE_DENSITY = 0.0
     for name in skipped:
         print(f"{name} is not installed and is skipped (pip install {name}).")
     shape = f"d {arguments.d_in}, {arguments.d_sae:,} latents, batch {arguments.batch:,}, k {arguments.k}"
