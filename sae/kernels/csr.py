@@ -17,13 +17,22 @@ class CSRPattern(Pattern):
 
     @cached_property
     def _row_starts(self) -> Int[Tensor, " n_plus_1"]:
-        return _starts(self.rows, self.shape[0])
+        counts = torch.bincount(self.rows, minlength=self.shape[0])
+        return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
     @cached_property
     def _by_column(self) -> tuple[Tensor, Tensor, Tensor]:
         """(starts of the columns, rows in the order of columns, that order)."""
-        order = torch.argsort(self.columns.int(), stable=True)
-        return _starts(self.columns, self.shape[1]), self.rows[order], order
+        from scipy.sparse import csr_array
+
+        entries = (torch.arange(len(self)), self.columns, self._row_starts)
+        turned = csr_array(
+            tuple(t.numpy() for t in entries), self.shape
+        ).tocsc()  # counts where a sort compares
+        starts, rows, order = (
+            torch.from_numpy(a).long() for a in (turned.indptr, turned.indices, turned.data)
+        )
+        return starts, rows, order
 
     def times(
         self, values: Float[Tensor, " entries"], matrix: Float[Tensor, "d_sae d"]
@@ -47,11 +56,6 @@ def _product(csr: Tensor, matrix: Tensor) -> Tensor:
     """csr @ matrix, which itself would first fill and copy what it then writes over."""
     out = matrix.new_empty(csr.shape[0], matrix.shape[1])
     return torch.addmm(out, csr, matrix, beta=0.0, out=out)
-
-
-def _starts(sorted_or_not: Tensor, n: int) -> Tensor:
-    counts = torch.bincount(sorted_or_not, minlength=n)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
