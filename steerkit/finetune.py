@@ -250,6 +250,12 @@ class DRRho:
             raise InputError(
                 "DRRho needs every example's log-probability under a reference model: with_reference."
             )
+        return self.of_excess(losses, reference)
+
+    def of_excess(
+        self, losses: Float[Tensor, " batch"], reference: Float[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        """The same from any losses and the reference's."""
         excess = (losses.detach() - reference) / self.tau
         now = float(excess.logsumexp(0)) - math.log(len(excess))
         if self.log_normaliser is None:
