@@ -1,5 +1,6 @@
 """Trained steering methods: they learn what they should, and leave nothing behind."""
 
+import copy
 import math
 import sys
 from dataclasses import replace
@@ -30,6 +31,7 @@ from steerkit.steering.methods.learning import (
     preference,
     sides_of,
     steered_log_probs,
+    with_margins,
     with_references,
 )
 from steerkit.steering.methods.reft import KINDS, _Part, orthonormal
@@ -200,6 +202,78 @@ def test_drrho_weights_are_their_equation_and_the_plain_mean_in_the_limit(storyw
         DRRho()(losses, [Example((1, 2, 3)), Example((1, 2, 3))])
     with pytest.raises(InputError, match="tau"):
         DRRho(tau=0.0)
+
+
+@pytest.fixture(scope="module")
+def reference(storyworld):
+    """Another model of the same tokens."""
+    other = copy.deepcopy(storyworld.model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return HookedModel.from_pretrained(other, tokenizer=storyworld.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("bipo", {}),
+        ("reft", {}),
+        ("reft", {"objective": "preference"}),
+        ("reft_r1", {}),
+        ("weight_arithmetic", {"rank": 2}),
+    ],
+)
+def test_every_trained_method_weighs_by_a_reference(storyworld, reference, pairs, method, settings):
+    def fit(**more):
+        vector = steering.fit(
+            storyworld, pairs[:8], method, SITE, **{**QUICK, "batch_size": 4, **settings, **more}
+        )
+        return torch.cat([t.flatten() for edit in vector.edits for t in edit.tensors().values()]), vector
+
+    plain, _ = fit()
+    everywhere_alike, _ = fit(reference=reference, tau=math.inf)
+    weighed, vector = fit(reference=reference, tau=0.1)
+    assert (everywhere_alike - plain).norm() < 1e-4 * plain.norm()  # rounding
+    assert (weighed - plain).norm() > 1e-3 * plain.norm()
+    assert vector.provenance["settings"]["reference"] == reference.name
+    assert vector.provenance["settings"]["tau"] == 0.1
+
+
+def test_preferences_are_weighed_by_their_excess_in_both_directions(storyworld, reference, pairs):
+    examples = with_margins(reference, with_references(storyworld, encode_pairs(storyworld, pairs[:4])))
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    v = torch.full((storyworld.d_model,), 0.05, requires_grad=True)
+
+    def loss(batch, signs, weigh=None):
+        with frozen(storyworld):
+            return preference(
+                storyworld,
+                lambda: steering.SteeringVector.add({SITE: v}),
+                batch,
+                beta=0.3,
+                signs=signs,
+                weigh=weigh,
+            )
+
+    each = [loss([e], signs[i : i + 1]) for i, e in enumerate(examples)]
+    theirs = torch.tensor([e.positive.reference - e.negative.reference for e in examples])
+    judged = with_references(reference, examples)
+    margins = torch.tensor([e.positive.reference - e.negative.reference for e in judged]) - theirs
+    reached = -torch.nn.functional.logsigmoid(0.3 * margins)
+    weights = 4 * ((torch.stack(each).detach() - reached) / 0.7).softmax(0)
+    expected = torch.autograd.grad((weights * torch.stack(each)).mean(), v)[0]
+    found = torch.autograd.grad(loss(examples, signs, DRRho(0.7)), v)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)  # no gradient through the weights
+
+
+def test_a_reference_that_cannot_judge_is_refused(storyworld, pairs):
+    other = HookedModel.from_pretrained(build("gpt2"))
+    with pytest.raises(InputError, match="does not predict the 493 tokens"):
+        steering.fit(storyworld, pairs[:4], "bipo", SITE, reference=other)
+    with pytest.raises(InputError, match="takes no reference"):
+        steering.fit(storyworld, pairs[:4], "antipasto", SITE, reference=other)
 
 
 def test_the_loop_refuses_what_it_cannot_do(storyworld, pairs):

@@ -91,6 +91,8 @@ class AntiPaSTO(Trained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.reference is not None:
+            raise InputError("antipasto's loss is not one of texts: it takes no reference model.")
         for name in ("rank", "n_tokens", "subspace"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")

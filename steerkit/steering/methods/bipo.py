@@ -26,10 +26,8 @@ from steerkit.steering.methods.learning import (
     PairExample,
     Trained,
     detached,
-    encode_pairs,
     preference,
     sides_of,
-    with_references,
 )
 from steerkit.steering.pairs import Pairs
 from steerkit.steering.vector import SteeringVector
@@ -51,7 +49,8 @@ class BiPO(Trained):
     def fit(self, model: HookedModel, pairs: Pairs, sites: Sequence[str]) -> SteeringVector:
         if not self.beta > 0:
             raise InputError(f"beta is {self.beta}; it must be positive.")
-        examples = with_references(model, encode_pairs(model, pairs))
+        examples = self.examples(model, pairs, preferences=True)
+        weigh = self.weigh()
         vectors = {
             site: torch.zeros(model.site(site).width, device=model.device, requires_grad=True)
             for site in sites
@@ -65,7 +64,7 @@ class BiPO(Trained):
 
         def loss(batch: list[PairExample]) -> torch.Tensor:
             signs = 2.0 * torch.randint(0, 2, (len(batch),), generator=generator) - 1
-            return preference(model, make, batch, beta=self.beta, signs=signs, below=below)
+            return preference(model, make, batch, beta=self.beta, signs=signs, below=below, weigh=weigh)
 
         with frozen(model):
             optimise(vectors.values(), examples, loss, self, title=self.name, quiet=self.quiet)

@@ -2,10 +2,15 @@
 
 The model is frozen; what is trained are tensors inside a `SteeringVector` that is made anew for every forward, so that gradients
 reach them through `model.steer`. Of a pair only what follows the tokens that its sides have in common is learned.
+
+With a `reference` model, examples are weighed by their excess loss over it (`finetune.DRRho`): of a cross-entropy, a side's nats a
+token; of a preference loss, -log σ(β s Δ) less -log σ(β Δ_ref), Δ_ref being the reference's Δ. A reference prefers one side; its
+loss is taken as if it preferred the other for s = -1, so that a pair counts alike in both directions.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -15,7 +20,7 @@ from torch import Tensor
 
 from steerkit import finetune
 from steerkit.errors import InputError
-from steerkit.finetune import Example, OptimiseConfig, Reduction
+from steerkit.finetune import DRRho, Example, OptimiseConfig, Reduction
 from steerkit.models import HookedModel
 from steerkit.steering.methods.base import Method
 from steerkit.steering.methods.below import Below, standing_in
@@ -32,6 +37,8 @@ class PairExample:
 
     positive: Example
     negative: Example
+    margin: float = math.nan
+    """Δ of a reference model, where there is one: how much further than the model as it is it prefers the positive side."""
 
     def __len__(self) -> int:
         return max(len(self.positive), len(self.negative))
@@ -67,19 +74,25 @@ def preference(
     beta: float,
     signs: Tensor | None = None,
     below: Below | None = None,
+    weigh: DRRho | None = None,
 ) -> Tensor:
     """-log σ(β s Δ), mean over pairs; Δ = log π(y+)/π(y-) - log π_ref(y+)/π_ref(y-), `signs` s of ±1 for each pair or all +1.
 
-    Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, bidirectional as in Cao et al. 2024. The examples carry π_ref.
+    `weigh` weighs the pairs by their excess over a reference's loss, from their `margin`. The examples carry π_ref.
+    Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, bidirectional as in Cao et al. 2024.
     """
     examples = sides_of(batch)
     strength = torch.ones(len(batch)) if signs is None else signs
     with standing_in(below, examples):
         found = steered_log_probs(model, make(), examples, torch.cat([strength, strength]))
     positive, negative = found.chunk(2)
-    reference = torch.tensor([e.positive.reference - e.negative.reference for e in batch]).to(found)
+    reference = torch.tensor([_gap(e) for e in batch]).to(found)
     margin = beta * strength.to(found) * (positive - negative - reference)
-    return -torch.nn.functional.logsigmoid(margin).mean()
+    losses = -torch.nn.functional.logsigmoid(margin)
+    if weigh is None:
+        return losses.mean()
+    reached = -torch.nn.functional.logsigmoid(beta * torch.tensor([e.margin for e in batch]).to(losses))
+    return (weigh.of_excess(losses, reached) * losses).mean()
 
 
 def steered_log_probs(
@@ -113,18 +126,57 @@ def with_references(model: HookedModel, examples: Sequence[PairExample]) -> list
     return [PairExample(*pair) for pair in zip(sides[: len(examples)], sides[len(examples) :])]
 
 
+def with_margins(reference: HookedModel, examples: Sequence[PairExample]) -> list[PairExample]:
+    """The pairs, which carry the model's own log-probabilities, with the Δ of a reference model."""
+    theirs = with_references(reference, examples)
+    return [replace(own, margin=_gap(other) - _gap(own)) for own, other in zip(examples, theirs)]
+
+
+def _gap(example: PairExample) -> float:
+    return example.positive.reference - example.negative.reference
+
+
 @dataclass(frozen=True)
 class Trained(OptimiseConfig, Method):
     """A method that trains what it puts into the model: the settings of the loop are its own."""
 
     quiet: bool = True
     """False: show progress on stderr."""
+    reference: Any = None
+    """A model, or the name of one, with the same tokens: examples are weighed by their excess loss over it."""
+    tau: float = 0.5
+    """τ of these weights, in nats of the loss: the smaller, the more the greatest excess counts; ∞: all alike."""
 
     needs_lm_head: ClassVar[bool] = True
+
+    def weigh(self) -> DRRho | None:
+        """The weights of a training run that begins; None without a reference."""
+        return None if self.reference is None else DRRho(self.tau)
+
+    def examples(self, model: HookedModel, pairs: Pairs, *, preferences: bool = False) -> list[PairExample]:
+        """The pairs with the log-probabilities that a loss needs, of preferences or of cross-entropies.
+
+        Raises InputError for a reference model of other tokens.
+        """
+        found = encode_pairs(model, pairs)
+        if preferences:
+            found = with_references(model, found)
+        if self.reference is None:
+            return found
+        given = self.reference
+        judge = given if isinstance(given, HookedModel) else HookedModel.from_pretrained(given)
+        if judge.d_vocab != model.d_vocab or not judge.has_lm_head:
+            raise InputError(
+                f"The reference {judge.name} does not predict the {model.d_vocab} tokens of {model.name}: "
+                "take a language model with the same tokenizer."
+            )
+        return with_margins(judge, found) if preferences else with_references(judge, found)
 
     def provenance(self, model: HookedModel, pairs: Pairs, sites: Sequence[str]) -> dict[str, Any]:
         found = super().provenance(model, pairs, sites)
         found["settings"].pop("quiet")
+        if isinstance(self.reference, HookedModel):
+            found["settings"]["reference"] = self.reference.name
         return {**found, "seed": self.seed}
 
 

@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from steerkit import finetune
 from steerkit.errors import InputError
 from steerkit.finetune import frozen, optimise
 from steerkit.models import HookedModel
@@ -30,11 +31,9 @@ from steerkit.steering.methods.learning import (
     PairExample,
     Trained,
     detached,
-    encode_pairs,
     preference,
     sides_of,
     steered_cross_entropy,
-    with_references,
 )
 from steerkit.steering.pairs import Pairs
 from steerkit.steering.vector import SteeringVector
@@ -86,9 +85,9 @@ class ReFT(Trained):
         return Where.spans(*spans, generation=False) if spans else Where.everywhere()
 
     def fit(self, model: HookedModel, pairs: Pairs, sites: Sequence[str]) -> SteeringVector:
-        examples = encode_pairs(model, pairs)
-        if self.objective == "preference":
-            examples = with_references(model, examples)
+        preferences = self.objective == "preference"
+        examples = self.examples(model, pairs, preferences=preferences)
+        weigh = self.weigh()
         below = Below.of(model, sides_of(examples), sites)
         generator = torch.Generator().manual_seed(self.seed)
         parts = {
@@ -102,9 +101,10 @@ class ReFT(Trained):
             return SteeringVector(edits, provenance, self.where)
 
         def loss(batch: list[PairExample]) -> Tensor:
-            if self.objective == "preference":
-                return preference(model, make, batch, beta=self.beta, below=below)
-            return steered_cross_entropy(model, make(), [e.positive for e in batch], below=below)
+            if preferences:
+                return preference(model, make, batch, beta=self.beta, below=below, weigh=weigh)
+            sides = [e.positive for e in batch]
+            return steered_cross_entropy(model, make(), sides, weigh or finetune.mean, below)
 
         parameters = [p for part in parts.values() for p in part.parameters() if p.requires_grad]
         with frozen(model):

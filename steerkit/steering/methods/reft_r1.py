@@ -22,7 +22,7 @@ from steerkit.errors import InputError
 from steerkit.finetune import Example, frozen, optimise
 from steerkit.models import HookedModel
 from steerkit.steering.methods.base import register
-from steerkit.steering.methods.learning import Trained, encode_pairs
+from steerkit.steering.methods.learning import Trained
 from steerkit.steering.pairs import Pairs
 from steerkit.steering.vector import SteeringVector
 
@@ -44,7 +44,8 @@ class ReFTr1(Trained):
     def fit(self, model: HookedModel, pairs: Pairs, sites: Sequence[str]) -> SteeringVector:
         if self.k < 1:
             raise InputError(f"k is {self.k}; it must be at least 1.")
-        examples = [e.positive for e in encode_pairs(model, pairs)]
+        examples = [e.positive for e in self.examples(model, pairs)]
+        reduction = self.weigh() or finetune.mean
         generator = torch.Generator().manual_seed(self.seed)
         directions = {
             site: torch.nn.functional.normalize(
@@ -76,7 +77,7 @@ class ReFTr1(Trained):
             special = torch.tensor(sorted(model.special_ids), device=ids.device)
             counted = (mask.bool() & ~torch.isin(ids, special)).float()
             with model.hooks({site: write(v) for site, v in directions.items()}):
-                found = finetune.cross_entropy(model, batch)
+                found = finetune.cross_entropy(model, batch, reduction)
             step += 1
             return found + self.sparsity * min(1.0, step / n_steps) * torch.stack(penalties).sum()
 

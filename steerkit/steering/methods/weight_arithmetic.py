@@ -25,7 +25,7 @@ from steerkit.models import HookedModel
 from steerkit.sites import weight_of
 from steerkit.steering.edits import WeightDelta
 from steerkit.steering.methods.base import register
-from steerkit.steering.methods.learning import Trained, detached, encode_pairs
+from steerkit.steering.methods.learning import Trained, detached
 from steerkit.steering.pairs import Pairs
 from steerkit.steering.vector import SteeringVector
 from steerkit.steering.where import Where
@@ -55,7 +55,7 @@ class WeightArithmetic(Trained):
             raise InputError(
                 f"{model.name} has no linear modules in its blocks to change: weights are tensors of its own."
             )
-        examples = encode_pairs(model, pairs)
+        examples = self.examples(model, pairs)
         sides = [[e.positive for e in examples]]
         if self.contrast:
             sides.append([e.negative for e in examples])
@@ -81,12 +81,12 @@ class WeightArithmetic(Trained):
             B = torch.zeros(d_out, self.rank)
             tensors[path] = tuple(t.to(model.device).requires_grad_() for t in (A, B))
         scale = self.alpha / self.rank
-        everywhere = Where.every_token()
+        everywhere, reduction = Where.every_token(), self.weigh() or finetune.mean
 
         def loss(batch: list[Example]) -> Tensor:
             edits = tuple(WeightDelta(path, A, B, scale=scale) for path, (A, B) in tensors.items())
             with model.steer(SteeringVector(edits), where=everywhere):
-                return finetune.cross_entropy(model, batch)
+                return finetune.cross_entropy(model, batch, reduction)
 
         with frozen(model):
             flat = [t for pair in tensors.values() for t in pair]
