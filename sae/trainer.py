@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
-import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -28,7 +25,6 @@ from torch import Tensor
 
 from sae.architectures import SAE, Config, Sparsity, Step, Terms
 from sae.architectures.base import squared
-from sae.checkpoint import Checkpoints
 from sae.kernels import is_fast
 from sae.memory import choose_micro_batch
 from sae.reading import Reading, Side
@@ -36,13 +32,12 @@ from sae.schedule import learning_rate_factor
 from sae.sweep import Job
 from steerkit import distributed
 from steerkit.activations import Statistics
+from steerkit.checkpoints import Checkpoints, deferred_interrupts
 from steerkit.errors import CheckpointError, InputError, NumericsError, did_you_mean
 from steerkit.runs import Run, progress
 
 SPARSE_DENSITY = 1 / 32
 """Share of the latents that may be active for products to go over them one by one (measured: `scripts/bench_sae.py`)."""
-_SAME_PRESS = 1.0
-"""Seconds within which signals are one request: launchers pass on what the terminal has sent already."""
 REVIVAL_SHARE = 0.8
 """The share of a run after which dead latents are no longer made anew: the rest is for learning."""
 
@@ -477,7 +472,7 @@ def fit_all(
     total = first.n_steps * first.batch_size
     title = f"{first.arch.name} SAE" if len(trainers) == 1 else f"{len(trainers)} SAEs"
     with (
-        _deferred_interrupts() as interrupted,
+        deferred_interrupts() as interrupted,
         progress(total, title, quiet=quiet or not writes, done=first.tokens) as bar,
     ):
         while first.steps < first.n_steps:
@@ -596,35 +591,3 @@ class _Clock:
     def rates(self, tokens: int, name: str) -> dict[str, float]:
         """Tokens a second of each part, as if it were alone."""
         return {key: tokens / max(value, 1e-9) for key, value in self.seconds(name).items()}
-
-
-@contextlib.contextmanager
-def _deferred_interrupts() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event, so that a step is never cut in two; a second Ctrl-C interrupts at once."""
-    asked = threading.Event()
-    when = 0.0
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(signum: int, frame: Any) -> None:
-        nonlocal when
-        if asked.is_set():
-            if time.monotonic() - when < _SAME_PRESS:
-                return
-            raise KeyboardInterrupt
-        asked.set()
-        when = time.monotonic()
-        if distributed.is_first():
-            print(
-                "Stopping after this step and saving a checkpoint (Ctrl-C again: at once).",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

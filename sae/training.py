@@ -21,7 +21,6 @@ from sae import formats
 from sae.architectures import SAE, Config
 from sae.architectures.crosscoder import Crosscoder
 from sae.architectures.guided import GuidedSAE
-from sae.checkpoint import Checkpoints
 from sae.dashboard.value import Dashboard
 from sae.evaluation import Evaluation, evaluate, evaluate_all
 from sae.label_scores import label_scores
@@ -32,6 +31,7 @@ from sae.trainer import Stream, TrainConfig, fit_all
 from steerkit import distributed
 from steerkit.activation_cache import ActivationCache, is_cache
 from steerkit.activations import ActivationStream, Statistics, Tokenization
+from steerkit.checkpoints import Checkpoints
 from steerkit.data import Documents, load_documents, split_held_out
 from steerkit.errors import InputError
 from steerkit.labels import LabelFunction, TokenLabels

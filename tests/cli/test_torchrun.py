@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from sae.checkpoint import Checkpoints
 from steerkit import storyworld
+from steerkit.checkpoints import Checkpoints
 from steerkit.cli.main import app
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks processes up in /proc")

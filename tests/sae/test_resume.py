@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sae
-from sae.checkpoint import Checkpoints, read_tensors, write_tensors
+from steerkit.checkpoints import Checkpoints, read_tensors, write_tensors
 from steerkit.errors import CheckpointError, InputError, NumericsError
 from steerkit.runs import Run
 

@@ -9,9 +9,9 @@ import torch
 
 import sae
 from sae.architectures.crosscoder import Crosscoder
-from sae.checkpoint import Checkpoints
 from sae.memory import choose_micro_batch
 from sae.trainer import Trainer
+from steerkit.checkpoints import Checkpoints
 from steerkit.errors import CheckpointError, InputError, NumericsError
 from steerkit.runs import Run, read_json
 

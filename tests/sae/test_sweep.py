@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from scipy import stats
 
 import sae
-from sae.checkpoint import Checkpoints
 from sae.sweep import summarise, sweep_page
 from sae.trainer import fit_all
 from steerkit import storyworld
+from steerkit.checkpoints import Checkpoints
 from steerkit.errors import CheckpointError, InputError, NumericsError, SiteError
 from steerkit.runs import Run
 

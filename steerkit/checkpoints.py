@@ -5,26 +5,33 @@
     step, tensors, state = checkpoints.load()         # the newest that is whole; None if there is none
 
 A checkpoint is a safetensors file whose header holds `state` and a sha256 over names, shapes, values and state. The newest two are
-kept, so that one that was damaged on disk does not end a run.
+kept, so that one that was damaged on disk does not end a run. `deferred_interrupts` leaves time to write one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
+import signal
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steerkit import distributed
 from steerkit.errors import CheckpointError
 from steerkit.runs import atomic_path, jsonable
 
 KEPT = 2
+_SAME_PRESS = 1.0
+"""Seconds within which signals are one request: launchers pass on what the terminal has sent already."""
 
 
 class Checkpoints:
@@ -109,3 +116,35 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def deferred_interrupts() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set the event, so that a step is never cut in two; a second Ctrl-C interrupts at once."""
+    asked = threading.Event()
+    when = 0.0
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(signum: int, frame: Any) -> None:
+        nonlocal when
+        if asked.is_set():
+            if time.monotonic() - when < _SAME_PRESS:
+                return
+            raise KeyboardInterrupt
+        asked.set()
+        when = time.monotonic()
+        if distributed.is_first():
+            print(
+                "Stopping after this step and saving a checkpoint (Ctrl-C again: at once).",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
