@@ -1,0 +1,130 @@
+"""What all ways to adapt a model have in common.
+
+A method is a frozen dataclass of settings in a file of its own (`steerkit.adapters.methods`), which opens with paper and equation.
+It says what it claims (the hypothesis) and what it starts from, and makes the peft config; `register` puts it into `METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from steerkit.adapters import tuner
+from steerkit.adapters.slots import Slot
+from steerkit.errors import InputError
+from steerkit.models import HookedModel
+
+
+@dataclass(frozen=True)
+class AdapterMethod:
+    """Settings of one way to adapt a model."""
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    """Author, year, address."""
+    equation: ClassVar[str] = ""
+    hypothesis: ClassVar[str] = ""
+    """What it claims about how a pretrained model wants to be changed, in one sentence."""
+    family: ClassVar[str] = ""
+    """low-rank, singular, orthogonal, magnitude, sparse, fixed-basis, activation, prompt or full."""
+    identity: ClassVar[str] = "exact"
+    """How it starts: `exact`ly the base model, the base up to `rounding`, or, in words, why not."""
+    merge: ClassVar[str] = "exact"
+    """`exact` where it becomes a change of weights, or, in words, why not."""
+    linear: ClassVar[bool] = True
+    """Whether each adapted module stays linear in its input: then it has an effective change of weight."""
+    mutates_base: ClassVar[bool] = False
+    """Whether peft changes the base's own weights for it."""
+    size: ClassVar[str] = "rank"
+    """The setting that parameters grow with; empty where there is none."""
+    modules: ClassVar[str | tuple[str, ...]] = "all"
+    """Where it goes unless told (`steerkit.adapters.slots.choose`)."""
+    lr: ClassVar[float] = 1e-3
+    """Where the search for a learning rate begins."""
+
+    def peft_config(self, model: HookedModel, slots: Sequence[Slot], seed: int) -> Any:
+        """The config that peft makes the adapter from."""
+        raise NotImplementedError
+
+    def count(self, model: HookedModel, slots: Sequence[Slot]) -> int:
+        """Trained parameters, by formula."""
+        raise NotImplementedError
+
+    def groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]] | None:
+        """Parameter groups for the optimiser where they differ (LoRA+); None for the usual ones."""
+        return None
+
+    def regulariser(self, model: nn.Module) -> Tensor | None:
+        """What is added to the loss, or None."""
+        return None
+
+    def after_step(self, model: nn.Module, step: int, n_steps: int) -> None:
+        """Called after each step of the optimiser."""
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain data."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class EditMethod(AdapterMethod):
+    """A method that is an `Edit` of each module, made by steerkit's own tuner."""
+
+    def edit(self, target: tuner.Target) -> tuner.Edit:
+        """The edit of one module."""
+        raise NotImplementedError
+
+    def count_at(self, slot: Slot) -> int:
+        """Trained parameters in one module."""
+        raise NotImplementedError
+
+    def count(self, model: HookedModel, slots: Sequence[Slot]) -> int:
+        return sum(self.count_at(slot) for slot in slots)
+
+    def peft_config(self, model: HookedModel, slots: Sequence[Slot], seed: int) -> tuner.EditConfig:
+        parts = [slot.path for slot in slots if slot.rows]
+        if parts:
+            raise InputError(f"{self.name} takes whole maps: {parts[0]} is fused, ask for all of it.")
+        return tuner.EditConfig(
+            method=self.name,
+            settings=self.settings(),
+            target_modules=[slot.path for slot in slots],
+            seed=seed,
+        )
+
+
+METHODS: dict[str, type[AdapterMethod]] = {}
+T = TypeVar("T", bound=type[AdapterMethod])
+
+
+def register(method: T) -> T:
+    """Make a method known under its name."""
+    if method.name in METHODS:
+        raise ValueError(f"There are two adapters {method.name!r}.")
+    METHODS[method.name] = method
+    if issubclass(method, EditMethod):
+        tuner.EDITS[method.name] = lambda target, settings: make(method.name, **settings).edit(target)  # type: ignore[attr-defined]
+    return method
+
+
+def make(name: str, **settings: Any) -> AdapterMethod:
+    """A method with settings. Raises InputError for a name or a setting that does not exist, with what comes near."""
+    import difflib
+
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.4) or sorted(METHODS)
+        raise InputError(f"There is no adapter {name!r}: did you mean {', '.join(near)}?")
+    known = [field.name for field in fields(METHODS[name])]
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=2, cutoff=0.3) or known
+            raise InputError(f"{name} has no setting {key!r}: it has {', '.join(near)}.")
+    return METHODS[name](**_plain(settings))
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's lists as the tuples they were."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}

@@ -1,0 +1,95 @@
+"""SVFT: sparse changes inside the singular basis.
+
+    W' = U (S + M) Vᵀ,   W = U S Vᵀ,   M sparse and trained: its diagonal (`plain`), a band about it, or random places
+
+Lingam et al. 2024, https://arxiv.org/abs/2405.19597. M starts at 0 (their code perturbs it). Learning rates 5e-2 (plain), 1e-3 to
+5e-3 (banded, random).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from steerkit.adapters.base import EditMethod, register
+from steerkit.adapters.slots import Slot
+from steerkit.adapters.svd import svd
+from steerkit.adapters.tuner import Base, Edit, Target
+from steerkit.errors import InputError
+
+
+@register
+@dataclass(frozen=True)
+class SVFT(EditMethod):
+    """Sparse changes inside the singular basis."""
+
+    pattern: str = "banded"
+    """Which entries of M are trained: `plain` (the diagonal), `banded`, `random`."""
+    rank: int = 2
+    """banded: diagonals on either side; random: entries in each row. plain has none."""
+
+    name: ClassVar[str] = "svft"
+    paper: ClassVar[str] = "Lingam et al. 2024, https://arxiv.org/abs/2405.19597"
+    equation: ClassVar[str] = "W' = U (S + M) Vᵀ, M sparse"
+    hypothesis: ClassVar[str] = (
+        "The directions a model needs are its own singular vectors; only how they are coupled has to change."
+    )
+    family: ClassVar[str] = "singular"
+    lr: ClassVar[float] = 5e-3
+
+    def __post_init__(self) -> None:
+        if self.pattern not in ("plain", "banded", "random"):
+            raise InputError(f"pattern is {self.pattern!r}; it is plain, banded or random.")
+        if self.rank < (self.pattern == "random"):
+            raise InputError(f"rank is {self.rank}; it must be at least {int(self.pattern == 'random')}.")
+
+    def places(self, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(rows, columns) of M, k × k, that are trained."""
+        rows, columns = torch.arange(k)[:, None], torch.arange(k)[None]
+        if self.pattern == "random":
+            kept = torch.rand(k, k, generator=generator).topk(min(self.rank, k), dim=1).indices
+            return rows.expand(kept.shape).flatten(), kept.flatten()
+        width = self.rank if self.pattern == "banded" else 0
+        found = ((rows - columns).abs() <= width).nonzero()
+        return found[:, 0], found[:, 1]
+
+    def edit(self, target: Target) -> Edit:
+        return _SVFT(target, self)
+
+    def count_at(self, slot: Slot) -> int:
+        k = min(slot.d_out, slot.d_in)
+        if self.pattern == "random":
+            return k * min(self.rank, k)
+        b = min(self.rank, k - 1) if self.pattern == "banded" else 0
+        return k * (2 * b + 1) - b * (b + 1)
+
+
+class _SVFT(Edit):
+    U: Tensor
+    Vh: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, target: Target, config: SVFT) -> None:
+        super().__init__()
+        U, _, Vh = svd(target.weight)
+        rows, columns = config.places(len(Vh), target.generator())
+        for name, value in (("U", U), ("Vh", Vh), ("rows", rows), ("columns", columns)):
+            self.register_buffer(name, value, persistent=False)
+        self.M = nn.Parameter(torch.zeros(len(rows)))
+
+    def _dense(self) -> Float[Tensor, "k k"]:
+        k = len(self.Vh)
+        return self.M.new_zeros(k, k).index_put((self.rows, self.columns), self.M)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        y = base(x)
+        inside = x.to(self.M.dtype) @ self.Vh.T @ self._dense().T
+        return y + (inside @ self.U.T).to(y.dtype)
+
+    def delta(self, weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+        return self.U @ self._dense() @ self.Vh

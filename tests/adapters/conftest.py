@@ -1,0 +1,44 @@
+import pytest
+import torch
+import transformers
+
+from steerkit.loading import quiet
+from steerkit.models import HookedModel
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return HookedModel.from_pretrained("storyworld").tokenizer
+
+
+@pytest.fixture(scope="session")
+def model_folder(tokenizer, tmp_path_factory):
+    """A tiny random Qwen2 with grouped queries, biases and norm gains, in a directory."""
+    config = transformers.Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.Qwen2ForCausalLM(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    with quiet():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(model_folder):
+    return HookedModel.from_pretrained(model_folder)

@@ -1,0 +1,166 @@
+"""Every adapter: what it starts from, what it trains, what it leaves behind."""
+
+import pytest
+import torch
+
+from steerkit import adapters
+from steerkit.adapters import METHODS
+from steerkit.errors import InputError
+from steerkit.models import HookedModel
+
+SMALL: dict[str, dict] = {"lora": {"rank": 4}, "svft": {"rank": 2}}
+"""Settings that fit the tiny models; the defaults otherwise."""
+ALL = sorted(METHODS)
+MERGED = [name for name in ALL if METHODS[name].merge == "exact"]
+
+
+@pytest.fixture(scope="module")
+def ids(model):
+    return torch.randint(5, model.d_vocab, (3, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def before(model, ids):
+    return model.logits(ids).detach()
+
+
+@pytest.fixture
+def tuned(model, request):
+    made = adapters.get(model, request.param, **SMALL.get(request.param, {}))
+    yield made
+    made.remove()
+
+
+def loss_of(model, ids):
+    logits = model.logits(ids)[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def train(tuned, ids, steps=2):
+    """A few steps; the losses before each, and after."""
+    optimiser = torch.optim.AdamW(tuned.trainable().values(), lr=tuned.method.lr, weight_decay=0.0)
+    losses = []
+    for step in range(steps):
+        loss = loss_of(tuned, ids)
+        extra = tuned.method.regulariser(tuned.peft)
+        optimiser.zero_grad()
+        (loss if extra is None else loss + extra).backward()
+        optimiser.step()
+        tuned.method.after_step(tuned.peft, step, 100)
+        losses.append(float(loss))
+    return [*losses, float(loss_of(tuned, ids))]
+
+
+def each(names):
+    return pytest.mark.parametrize("tuned", names, indirect=True)
+
+
+@each(ALL)
+def test_it_starts_as_the_base_or_says_why_not(tuned, ids, before):
+    difference = (tuned.logits(ids) - before).abs().max().item()
+    identity = tuned.method.identity
+    if identity == "exact":
+        assert difference == 0
+    elif identity == "rounding":
+        assert difference < 1e-4
+    else:
+        assert difference > 1e-6
+        assert len(identity) > 10
+
+
+@each(ALL)
+def test_gradients_reach_what_is_trained_and_nothing_else(tuned, ids):
+    if tuned.method.identity == "exact":
+        train(tuned, ids, 1)  # a factor behind one that starts at zero has no gradient before
+    tuned.peft.zero_grad()
+    loss_of(tuned, ids).backward()
+    trained = tuned.trainable()
+    assert trained
+    for name, parameter in tuned.peft.named_parameters():
+        reached = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
+        assert reached == (name in trained), name
+
+
+@each(ALL)
+def test_its_parameters_are_counted_by_its_formula(tuned, model):
+    assert tuned.n_trainable == tuned.method.count(model, tuned.slots)
+
+
+@each(ALL)
+def test_training_lowers_the_loss(tuned, ids):
+    first, *_, last = train(tuned, ids, 4)
+    assert last < first
+
+
+@each(ALL)
+def test_disabled_it_is_the_base(tuned, ids, before):
+    train(tuned, ids)
+    changed = tuned.logits(ids).detach()
+    assert not torch.allclose(changed, before, atol=1e-6)
+    with tuned.disabled():
+        assert torch.equal(tuned.logits(ids), before)
+    assert torch.equal(tuned.logits(ids), changed)
+
+
+@each(ALL)
+def test_saved_and_loaded_it_is_the_same(tuned, ids, tmp_path):
+    train(tuned, ids)
+    folder = tuned.save(tmp_path / "adapter")
+    loaded = HookedModel.from_pretrained(folder)
+    torch.testing.assert_close(loaded.logits(ids), tuned.logits(ids), rtol=0, atol=1e-6)
+
+
+@each(MERGED)
+def test_merged_it_computes_the_same(tuned, ids, tmp_path):
+    train(tuned, ids)
+    merged = HookedModel.from_pretrained(tuned.merge(tmp_path / "merged"))
+    assert not hasattr(merged.model, "peft_config")
+    torch.testing.assert_close(merged.logits(ids), tuned.logits(ids), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_removed_the_base_is_what_it_was(model, ids, before, name):
+    state = {key: value.clone() for key, value in model.model.state_dict().items()}
+    flags = {key: p.requires_grad for key, p in model.model.named_parameters()}
+    tuned = adapters.get(model, name, **SMALL.get(name, {}))
+    train(tuned, ids)
+    assert tuned.remove() is model
+    after = model.model.state_dict()
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[key], value) for key, value in state.items())
+    assert {key: p.requires_grad for key, p in model.model.named_parameters()} == flags
+    assert torch.equal(model.logits(ids), before)
+    assert not hasattr(model.model, "peft_config")
+
+
+@each([name for name in ALL if METHODS[name].linear])
+def test_its_effective_change_is_what_merging_adds(tuned, ids, before):
+    train(tuned, ids)
+    changes = tuned.changes()
+    assert changes
+    weights = {path: change.tuned for path, change in changes.items()}
+    changed = tuned.logits(ids).detach()
+    with tuned.scaled(0.0):
+        torch.testing.assert_close(tuned.logits(ids), before, rtol=0, atol=1e-5)
+    with tuned.scaled(1.0):
+        torch.testing.assert_close(tuned.logits(ids), changed, rtol=0, atol=1e-5)
+    assert all(bool(weight.isfinite().all()) for weight in weights.values())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_it_says_what_it_is(name):
+    method = METHODS[name]
+    for text in (method.paper, method.equation, method.hypothesis, method.family):
+        assert text
+    assert "https://" in method.paper or method.name in ("full", "layers")
+
+
+def test_mistakes_are_named(model):
+    with pytest.raises(InputError, match="did you mean svft"):
+        adapters.get(model, "svfd")
+    with pytest.raises(InputError, match="q_proj"):
+        adapters.get(model, "svft", modules="q_prj")
+    with pytest.raises(InputError, match="no layer 9"):
+        adapters.get(model, "svft", layers=[9])
+    with pytest.raises(InputError, match="rank"):
+        adapters.get(model, "svft", rnk=3)
