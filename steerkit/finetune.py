@@ -116,11 +116,11 @@ def optimise(
     trained = list(parameters)
     optimiser = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     n_steps = config.steps(len(examples))
-    batches = _batches(examples, config)
+    batches = batch_order(list(map(len, examples)), config.batch_size, config.seed)
     losses: list[float] = []
     with progress(n_steps, title, "steps", quiet=quiet) as bar:
         for step in range(n_steps):
-            value = loss(next(batches))
+            value = loss([examples[i] for i in next(batches)])
             number = float(value.detach())
             if not math.isfinite(number):
                 raise NumericsError(
@@ -143,18 +143,18 @@ def optimise(
     return losses
 
 
-def _batches(examples: Sequence[T], config: OptimiseConfig) -> Iterator[list[T]]:
-    """Batches without end: every example once an epoch, in random order, those of like length together."""
-    rng = random.Random(config.seed)
-    size = min(config.batch_size, len(examples))
+def batch_order(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Batches without end, of indices: every example once an epoch, in random order, those of like length together."""
+    rng = random.Random(seed)
+    size = min(batch_size, len(lengths))
     while True:
-        order = rng.sample(range(len(examples)), len(examples))
+        order = rng.sample(range(len(lengths)), len(lengths))
         batches = []
         for first in range(0, len(order), _WINDOW * size):
-            window = sorted(order[first : first + _WINDOW * size], key=lambda i: len(examples[i]))
+            window = sorted(order[first : first + _WINDOW * size], key=lambda i: lengths[i])
             batches += [window[i : i + size] for i in range(0, len(window), size)]
         rng.shuffle(batches)
-        yield from ([examples[i] for i in batch] for batch in batches)
+        yield from batches
 
 
 @contextmanager
@@ -202,12 +202,17 @@ def token_log_probs(
 ) -> tuple[Float[Tensor, "batch pos_less_1"], Float[Tensor, "batch pos_less_1"]]:
     """(log-probability of each token but the first given those before it, 1 where it counts: from `start` on, no pads)."""
     ids, mask = padded(model, examples)
-    logits = model.logits(ids, mask)[:, :-1].float()
+    logits = at_least_float32(model.logits(ids, mask)[:, :-1])
     found = -nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     starts = torch.tensor([e.start for e in examples], device=ids.device)[:, None]
     places = torch.arange(1, ids.shape[1], device=ids.device)[None]
     counted = (places >= starts) & mask[:, 1:].bool()
-    return found * counted, counted.float()
+    return found * counted, counted.to(found.dtype)
+
+
+def at_least_float32(values: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """The same in float32, unless it is in float64."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def log_probs(model: HookedModel, examples: Sequence[Example]) -> Float[Tensor, " batch"]:
@@ -241,11 +246,27 @@ class DRRho:
         self.tau, self.gamma = tau, gamma
         self.log_normaliser: float | None = None
 
+    def excess(
+        self, losses: Float[Tensor, " batch"], reference: Float[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        """(l - l_ref) / τ, without gradient: the logarithm of w_i u."""
+        return (losses.detach() - reference.to(losses)) / self.tau
+
+    def move(self, log_mean: float) -> float:
+        """log u, moved on by a batch's log mean_i exp((l_i - l_ref,i) / τ)."""
+        if self.log_normaliser is None:
+            self.log_normaliser = log_mean
+        else:
+            before = math.log1p(-self.gamma) + self.log_normaliser if self.gamma < 1 else -math.inf
+            both = torch.tensor([before, math.log(self.gamma) + log_mean], dtype=torch.float64)
+            self.log_normaliser = float(both.logsumexp(0))
+        return self.log_normaliser
+
     def weights(
         self, losses: Float[Tensor, " batch"], examples: Sequence[Example]
     ) -> Float[Tensor, " batch"]:
         """w_i, and u moved on by this batch. Raises InputError for examples without a reference."""
-        reference = torch.tensor([-e.reference / max(1, len(e) - e.start) for e in examples]).to(losses)
+        reference = torch.tensor([-e.reference / max(1, len(e) - e.start) for e in examples])
         if not reference.isfinite().all():
             raise InputError(
                 "DRRho needs every example's log-probability under a reference model: with_reference."
@@ -255,15 +276,9 @@ class DRRho:
     def of_excess(
         self, losses: Float[Tensor, " batch"], reference: Float[Tensor, " batch"]
     ) -> Float[Tensor, " batch"]:
-        """The same from any losses and the reference's."""
-        excess = (losses.detach() - reference) / self.tau
-        now = float(excess.logsumexp(0)) - math.log(len(excess))
-        if self.log_normaliser is None:
-            self.log_normaliser = now
-        else:
-            before = math.log1p(-self.gamma) + self.log_normaliser if self.gamma < 1 else -math.inf
-            self.log_normaliser = float(torch.tensor([before, math.log(self.gamma) + now]).logsumexp(0))
-        return (excess - self.log_normaliser).exp()
+        """w_i of losses of any kind beside the reference's, and u moved on by this batch."""
+        excess = self.excess(losses, reference)
+        return (excess - self.move(float(excess.logsumexp(0)) - math.log(len(excess)))).exp()
 
     def __call__(self, losses: Float[Tensor, " batch"], examples: Sequence[Example]) -> Tensor:
         return (self.weights(losses, examples) * losses).mean()
@@ -288,9 +303,9 @@ def all_log_probs(
     model: HookedModel, examples: Sequence[Example], batch_tokens: int = 8192
 ) -> Float[Tensor, " n"]:
     """`log_probs` of many examples, without gradients, in batches of like length; on the CPU."""
-    found = torch.empty(len(examples))
+    found = torch.empty(len(examples), dtype=torch.promote_types(model.dtype, torch.float32))
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    with torch.inference_mode():
+    with torch.no_grad():
         while order:
             size = max(1, batch_tokens // max(1, len(examples[order[-1]])))
             part, order = order[-size:], order[:-size]
