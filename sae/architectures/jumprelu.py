@@ -171,11 +171,11 @@ class JumpReLUSAE(SAE):
             step.mse += squared(error) / n
             error.mul_(2 / n)
             errors = error.to(dtype)
-            asked = errors @ W_dec.T
-            self._in_window += column_counts(window)
-            add_sum(self.threshold, asked * window)
-            upstream = asked.mul_(active)
             add_product(self.W_dec, latents.T, errors)
+            asked = torch.mm(errors, W_dec.T, out=latents)
+            self._in_window += column_counts(window)
+            add_sum(self.threshold, torch.mul(asked, window, out=above))
+            upstream = asked.mul_(active)
             add_product(self.W_enc, inputs.T, upstream)
             add_sum(self.b_enc, upstream)
             add_sum(self.b_dec, error)
