@@ -317,6 +317,16 @@ def make_provenance(**extra: Any) -> dict[str, Any]:
     }
 
 
+def reset_peak_memory() -> None:
+    """Let `peak_memory_mb` begin anew: on GPUs, and on Linux for the process's resident memory too."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_mb() -> float:
     """Peak resident memory of this process in MB, or of the GPU's allocator where CUDA has been used."""
     import torch
