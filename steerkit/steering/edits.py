@@ -312,3 +312,8 @@ class SingularRotate(Edit):
             if value:
                 turned = turned + (excited * (s == value)) @ self.change(value).to(h.dtype)
         return h + turned @ self.U.T
+
+
+def as_delta(edit: Edit) -> Edit:
+    """A rotation of singular dimensions as the weight delta that it is at its own strength; any other edit as it is."""
+    return edit.delta(1.0) if isinstance(edit, SingularRotate) else edit

@@ -4,7 +4,7 @@
 
     h + s v            at every token: a bias of the linear map that writes there
     h - Qᵀ Q h         after every writer of the residual stream: W becomes (I - Qᵀ Q) W of each (directional ablation)
-    W + s B A          the weight itself
+    W + s B A          the weight itself, also where the delta is that of a rotation at s (AntiPaSTO)
 
 A bias that the model has not is added where its configuration has a flag for it (Llama's mlp_bias, Qwen3's attention_bias), tied
 embeddings are untied where only one of them changes. What is not exactly the same is refused: each place is tried out with random
@@ -30,7 +30,7 @@ from steerkit.loading import quiet
 from steerkit.models import HookedModel
 from steerkit.runs import atomic_path, write_json
 from steerkit.sites import is_transposed, probe_ids
-from steerkit.steering.edits import Add, Project, WeightDelta
+from steerkit.steering.edits import Add, Project, WeightDelta, as_delta
 from steerkit.steering.vector import SteeringVector
 from steerkit.steering.where import Where
 
@@ -99,11 +99,12 @@ def merge(
     vector.require_fit(model, other_model=other_model)
     _require_plain(model)
     steered = _at_every_token(vector, bos) * strength
+    edits = [as_delta(edit) for edit in steered.edits]
     plan = _Plan(model, copy.deepcopy(model.model.config))
     if not vector.where.bos:
         plan.notes.append("BOS is steered too, which the vector leaves alone.")
-    kinds = {type(edit) for edit in steered.edits}
-    for edit in steered.edits:
+    kinds = {type(edit) for edit in edits}
+    for edit in edits:
         if not isinstance(edit, (Add, Project, WeightDelta)):
             raise InputError(
                 f"The {edit.name} edit at {edit.site} is none of weights: additions, projections and weight deltas are."
@@ -111,11 +112,11 @@ def merge(
     if {Add, Project} <= kinds:
         raise InputError("Additions and projections in one vector depend on their order: merge one alone.")
     with torch.no_grad():
-        _merge_deltas(plan, [edit for edit in steered.edits if isinstance(edit, WeightDelta)])
+        _merge_deltas(plan, [edit for edit in edits if isinstance(edit, WeightDelta)])
         if Add in kinds:
-            _merge_additions(plan, SteeringVector(tuple(e for e in steered.edits if isinstance(e, Add))))
+            _merge_additions(plan, SteeringVector(tuple(e for e in edits if isinstance(e, Add))))
         if Project in kinds:
-            _merge_projections(plan, [edit for edit in steered.edits if isinstance(edit, Project)])
+            _merge_projections(plan, [edit for edit in edits if isinstance(edit, Project)])
         with atomic_path(out) as temporary:
             difference = _write(plan, steered, temporary)
             merged = Merged(out, tuple(sorted(plan.tensors)), plan.settings, difference, tuple(plan.notes))

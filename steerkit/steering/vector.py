@@ -321,12 +321,14 @@ class _Application:
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             if threading.get_ident() != thread:
                 return None
-            y = output if isinstance(output, Tensor) else output[0]
+            y, x = output if isinstance(output, Tensor) else output[0], args[0]
             flat = y.dim() == 2
-            new = self._edited(edits, y[None] if flat else y, args[0][None] if flat else args[0])
+            if flat and self.tracker.tokens is not None:
+                y, x = (_by_row(t, self.tracker.tokens, edits[0].site) for t in (y, x))
+            new = self._edited(edits, y, x)
             if new is None:
                 return None
-            new = new[0] if flat else new
+            new = new.flatten(0, 1) if flat else new
             return new if isinstance(output, Tensor) else (new, *output[1:])
 
         return hook
@@ -369,6 +371,17 @@ class _Application:
             strength = strength.unsqueeze(-1)
         self._last = (tokens, strength)
         return strength
+
+
+def _by_row(flat: Tensor, tokens: Tokens, site: str) -> Tensor:
+    """(batch, pos, width) of a module that sees the batch's tokens in one row (OPT's MLP). Raises InputError if it sees some."""
+    shape = tokens.position.shape
+    if len(flat) != shape.numel():
+        raise InputError(
+            f"{site} sees {len(flat)} of the {shape.numel()} tokens (an expert?): which ones, hooks cannot tell. "
+            "Merge the vector into the weights."
+        )
+    return flat.unflatten(0, shape)
 
 
 def _width(model: HookedModel, edit: Edit) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steerkit import HookedModel
 from steerkit.errors import InputError, SiteError, SteerkitError
+from steerkit.sites import weight_of
 from steerkit.steering import (
     Add,
     Clamp,
@@ -19,9 +21,11 @@ from steerkit.steering import (
     Decay,
     LowRank,
     Project,
+    SingularRotate,
     SteeringVector,
     WeightDelta,
     Where,
+    export,
     load_any,
     merge,
 )
@@ -75,6 +79,7 @@ ANY = [
 SITES = {
     "gpt2": ANY,
     "llama": ANY,
+    "opt": ANY,
     "neox": ["hook_resid_post", "hook_attn_out", "hook_resid_pre", "attn.hook_z"],
     "qwen3": ["hook_attn_out", "hook_resid_mid", "attn.hook_z"],
 }
@@ -172,7 +177,7 @@ def ablating(model, directions, scale=1.0, leave_out=()):
     return SteeringVector(tuple(Project(site, directions, scale=scale) for site in sites), where=EVERY_TOKEN)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "neox", "neox-sequential", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3", "neox", "neox-sequential", "mistral"])
 @pytest.mark.parametrize("k", [1, 2])
 def test_directional_ablation_is_orthogonal_weights(tmp_path, family, k):
     model = hooked(family)
@@ -212,6 +217,7 @@ DELTAS = {
     "llama": ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head"],
     "gpt2": ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj", "lm_head"],
     "gemma2": ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"],
+    "opt": ["model.decoder.layers.0.self_attn.q_proj", "model.decoder.layers.1.fc1"],
 }
 
 
@@ -231,6 +237,43 @@ def test_weight_deltas_go_into_weights(tmp_path, family):
     same(model, vector, 2.0, merged.path)
     assert set(merged.changed) == {f"{path}.weight" for path in DELTAS[family]}
     assert merged.config == ({"tie_word_embeddings": False} if family == "gpt2" else {})
+
+
+def rotating(model, *paths, scale=1.0):
+    """Singular dimensions of modules turned and stretched, as AntiPaSTO does."""
+    edits = []
+    for i, path in enumerate(paths):
+        U, S, Vh = torch.linalg.svd(weight_of(model.model.get_submodule(path)).detach(), full_matrices=False)
+        P, dS = normal(6, 6, seed=i), 0.3 * normal(6, seed=i + 9)
+        edits.append(SingularRotate(path, Vh[:6].T, S[:6], U[:, :6], P, dS, scale=scale))
+    return SteeringVector(tuple(edits), where=EVERY_TOKEN)
+
+
+ROTATED = {
+    "llama": ["model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj"],
+    "gpt2": ["transformer.h.0.attn.c_proj", "transformer.h.1.mlp.c_proj"],
+    "opt": ["model.decoder.layers.0.self_attn.out_proj", "model.decoder.layers.1.fc2"],
+}
+
+
+@pytest.mark.parametrize("family", ROTATED)
+@pytest.mark.parametrize("strength", [1.0, -0.7])
+def test_rotations_at_a_strength_go_into_weights_and_adapters(tmp_path, family, strength):
+    import peft
+
+    model = hooked(family)
+    vector = rotating(model, *ROTATED[family], scale=0.5)
+    merged = merge(model, vector, strength, tmp_path / "m")
+    same(model, vector, strength, merged.path)
+    assert set(merged.changed) == {f"{path}.weight" for path in ROTATED[family]}
+    path = export(vector, "lora", tmp_path / "lora", strength=strength)
+    with model.steer(vector, strength=strength):
+        wanted = model.logits(IDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.PeftModel.from_pretrained(build(family), str(path)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(input_ids=IDS).logits, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_additions_through_a_changed_weight(tmp_path):
@@ -332,8 +375,6 @@ def test_a_checkpoint_that_computes_something_else_does_not_appear(tmp_path, mon
 
 
 def test_a_control_vector_of_llama_cpp_can_be_merged(tmp_path):
-    from steerkit.steering import export
-
     model = hooked("gpt2")
     vector = adding(model, "blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
     read = load_any(export(vector, "gguf", tmp_path / "v.gguf"))

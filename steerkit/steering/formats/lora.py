@@ -4,13 +4,15 @@
                                adapter_model.safetensors: base_model.model.<module>.lora_A.weight, … lora_B.weight
 
 What is written has alpha = r everywhere, the strength being in B, so that readers which know one scale for all are right too. An
-adapter acts on every token, BOS included. https://huggingface.co/docs/peft/developer_guides/checkpoint.
+adapter acts on every token, BOS included. Rotations of singular dimensions (AntiPaSTO) are written as the deltas that they are at
+their strength. https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from steerkit.errors import CheckpointError, InputError
 from steerkit.runs import atomic_path, atomic_write, read_json, write_json
-from steerkit.steering.edits import WeightDelta
+from steerkit.steering.edits import WeightDelta, as_delta
 from steerkit.steering.formats.base import (
     Format,
     Hints,
@@ -42,11 +44,12 @@ _REFUSED = (
 
 
 def write(vector: SteeringVector, out: Path) -> Path:
-    """Deltas of the same module become one of their summed rank. Raises InputError for anything but weight deltas."""
+    """Deltas of the same module become one of their summed rank. Raises InputError for anything but weight changes."""
     from safetensors.torch import save
 
     a: dict[str, list[Tensor]] = {}
     b: dict[str, list[Tensor]] = {}
+    vector = replace(vector, edits=tuple(map(as_delta, vector.edits)))
     for edit in only(WeightDelta, vector, "LoRA"):
         path = edit.site.removeprefix(_PREFIX)
         a.setdefault(path, []).append(edit.A.detach().float().cpu())
