@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from steerkit.adapters.base import AdapterMethod, make
 from steerkit.adapters.inside import Change, effective_delta
-from steerkit.adapters.slots import Slot, choose
+from steerkit.adapters.slots import Slot
 from steerkit.errors import InputError
 from steerkit.loading import Loaded, quiet
 from steerkit.models import HookedModel
@@ -51,8 +51,7 @@ def get(
         raise InputError(f"Settings {', '.join(settings)} were given beside a method that has its own.")
     if isinstance(model, Adapted) or hasattr(model.model, "peft_config"):
         raise InputError(f"{model.name} has an adapter already: remove or merge it first.")
-    slots = choose(model, modules if modules is not None else method.modules, layers)
-    return Adapted(model, method, slots, seed)
+    return Adapted(model, method, method.targets(model, modules, layers), seed)
 
 
 class Adapted(HookedModel):

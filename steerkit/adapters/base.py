@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from steerkit.adapters import tuner
-from steerkit.adapters.slots import Slot
+from steerkit.adapters.slots import Slot, choose
 from steerkit.errors import InputError
 from steerkit.models import HookedModel
 
@@ -51,7 +51,24 @@ class AdapterMethod:
 
     def count(self, model: HookedModel, slots: Sequence[Slot]) -> int:
         """Trained parameters, by formula."""
+        return sum(self.count_at(slot) for slot in slots)
+
+    def count_at(self, slot: Slot) -> int:
+        """Trained parameters in one module."""
         raise NotImplementedError
+
+    def targets(
+        self, model: HookedModel, modules: str | Sequence[str] | None, layers: Sequence[int] | None
+    ) -> list[Slot]:
+        """Where it goes, for what the user asked for. Raises InputError for places that match nothing."""
+        return choose(model, modules if modules is not None else self.modules, layers)
+
+    def paths(self, slots: Sequence[Slot]) -> list[str]:
+        """The modules' paths. Raises InputError for a slot that is only some rows of a fused map."""
+        parts = [slot.path for slot in slots if slot.rows]
+        if parts:
+            raise InputError(f"{self.name} takes whole maps: {parts[0]} is fused, ask for all of it.")
+        return [slot.path for slot in slots]
 
     def groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]] | None:
         """Parameter groups for the optimiser where they differ (LoRA+); None for the usual ones."""
@@ -77,21 +94,11 @@ class EditMethod(AdapterMethod):
         """The edit of one module."""
         raise NotImplementedError
 
-    def count_at(self, slot: Slot) -> int:
-        """Trained parameters in one module."""
-        raise NotImplementedError
-
-    def count(self, model: HookedModel, slots: Sequence[Slot]) -> int:
-        return sum(self.count_at(slot) for slot in slots)
-
     def peft_config(self, model: HookedModel, slots: Sequence[Slot], seed: int) -> tuner.EditConfig:
-        parts = [slot.path for slot in slots if slot.rows]
-        if parts:
-            raise InputError(f"{self.name} takes whole maps: {parts[0]} is fused, ask for all of it.")
         return tuner.EditConfig(
             method=self.name,
             settings=self.settings(),
-            target_modules=[slot.path for slot in slots],
+            target_modules=self.paths(slots),
             seed=seed,
         )
 
