@@ -86,8 +86,8 @@ def storyworld_task(
     """A shifted set of StoryWorld to learn.
 
     `liars` is judged by the share of lies: in stories like those trained on, after a cue that says the character is honest, and
-    about a kind of fact that no story with a cue ever claims. Other variants by the cross-entropy of held-out stories. Forgetting is
-    the loss on the language's own stories – for `liars`, up to their first claim.
+    about a kind of fact that no story with a cue ever claims. Other variants by the cross-entropy of held-out stories. Forgetting
+    is the loss on the language's own stories – for `liars`, up to their first claim.
     """
     if variant not in storyworld.VARIANTS:
         raise InputError(f"StoryWorld has no variant {variant!r}: it has {', '.join(storyworld.VARIANTS)}.")

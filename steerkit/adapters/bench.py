@@ -1,0 +1,351 @@
+"""Adapters compared on equal terms: one model, one task, one budget of parameters, a learning rate chosen for each, several seeds.
+
+    result = bench(model, task, BenchConfig(methods=("lora", "svft", "full"), seeds=3), out="runs/adapters")
+    result.rows                                     # one a method and budget, with means, spread and intervals
+    write_report(result, "runs/adapters/report.html")
+
+Budgets are numbers of trained parameters: each method's own size (rank, blocks, frequencies …) is set so that it comes nearest. The
+learning rate is the one of a grid with the least validation loss – for one seed that is not reported –, the grid being drawn out
+while the best lies on its edge. What is reported is of test examples. Runs that are there already (one file each in OUT/parts)
+are not repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from steerkit.adapters.adapted import Adapted, get
+from steerkit.adapters.base import METHODS, AdapterMethod, make
+from steerkit.adapters.tasks import Task
+from steerkit.adapters.training import train
+from steerkit.errors import InputError, NumericsError
+from steerkit.finetuning import FinetuneConfig
+from steerkit.models import HookedModel
+from steerkit.runs import progress, read_json, write_json
+
+BASELINE = "lora"
+"""What the others are compared with."""
+_GRID_STEP = math.sqrt(10)
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is run."""
+
+    methods: tuple[str, ...] = ("lora", "dora", "pissa", "svft", "ia3", "full")
+    """Names, each perhaps with settings: `svft(pattern=plain)`."""
+    budgets: tuple[int, ...] = ()
+    """Trained parameters; by default as many as LoRA of rank 8 has."""
+    seeds: int = 3
+    epochs: float = 1.0
+    batch_size: int = 16
+    grid: int = 3
+    """Learning rates that are tried at first, √10 apart, around the method's own."""
+    extend: int = 2
+    """How often the grid is drawn out at most."""
+    modules: str | tuple[str, ...] | None = None
+    """Where adapters go; by default where each method belongs."""
+    layers: tuple[int, ...] | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or self.grid < 1 or self.extend < 0:
+            raise InputError("seeds and grid are at least 1, extend at least 0.")
+        for name in self.methods:
+            parse(name)
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What came out."""
+
+    config: dict[str, Any]
+    base: dict[str, Any]
+    """Of the model as it is: `scores` by set, `unrelated` loss."""
+    rows: list[dict[str, Any]]
+    runs: list[dict[str, Any]]
+    """Every run, those of the search too."""
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """('svft', {'pattern': 'plain'}) from `svft(pattern=plain)`. Raises InputError for what does not exist."""
+    import yaml
+
+    name, _, rest = text.partition("(")
+    settings = {}
+    for part in filter(None, rest.removesuffix(")").split(";")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(f"{text}: settings are written name(key=value;key=value).")
+        settings[key.strip()] = yaml.safe_load(value)
+    make(name.strip(), **settings)
+    return name.strip(), settings
+
+
+def bench(
+    model: HookedModel, task: Task, config: BenchConfig, *, out: str | Path | None = None, quiet: bool = True
+) -> BenchResult:
+    """Run the comparison. The model is left as it was. Raises InputError for a method that cannot be put into it."""
+    bencher = _Bencher(model, task, config, Path(out) if out is not None else None)
+    budgets = config.budgets or (bencher.default_budget(),)
+    cells = list(bencher.cells(budgets))
+    per_cell = config.grid + config.seeds
+    rows = []
+    with progress(len(cells) * per_cell, "adapters", "runs", quiet=quiet) as bar:
+        for label, method, budget in cells:
+            rows.append(bencher.cell(label, method, budget, bar))
+    for row in rows:
+        reference = next((r for r in rows if r["method"] == BASELINE and r["budget"] == row["budget"]), None)
+        row["difference"] = _difference(row, reference)
+    described = {**asdict(config), "budgets": list(budgets), "model": model.name, "task": task.settings()}
+    result = BenchResult(described, bencher.base, rows, bencher.runs)
+    if out is not None:
+        write_json(Path(out) / "results.json", asdict(result))
+    return result
+
+
+def fit_size(
+    model: HookedModel, name: str, settings: Mapping[str, Any], budget: int, where: Mapping[str, Any]
+) -> AdapterMethod:
+    """The method with its size such that it trains as nearly `budget` parameters as it can; as it is where it has no size, or where
+    the settings fix it."""
+    kind = METHODS[name]
+    plain = make(name, **settings)
+    if not kind.size or kind.size in settings:
+        return plain
+    found: list[tuple[float, int, AdapterMethod]] = []
+    for value in _sizes():
+        try:
+            method = make(name, **{**settings, kind.size: value})
+            count = method.count(model, method.targets(model, where.get("modules"), where.get("layers")))
+        except InputError:
+            continue
+        found.append((abs(math.log(max(count, 1) / budget)), value, method))
+        if count > 4 * budget:
+            break
+    for _, _, method in sorted(found, key=lambda entry: entry[:2]):
+        try:
+            get(model, method, **where).remove()
+        except InputError:
+            continue
+        return method
+    return plain
+
+
+def _sizes() -> Iterator[int]:
+    yield from range(1, 65)
+    value = 64
+    while value < 100_000:
+        value = math.ceil(value * 1.1)
+        yield value
+
+
+class _Bencher:
+    def __init__(self, model: HookedModel, task: Task, config: BenchConfig, out: Path | None) -> None:
+        self.model, self.task, self.config, self.out = model, task, config, out
+        self.where: dict[str, Any] = {"modules": config.modules, "layers": config.layers}
+        self.runs: list[dict[str, Any]] = []
+        self.base = self._part({"base": model.fingerprint}, lambda: self._scores(model))
+
+    def default_budget(self) -> int:
+        lora = make(BASELINE, rank=8)
+        return lora.count(self.model, lora.targets(self.model, self.config.modules, self.config.layers))
+
+    def cells(self, budgets: Sequence[int]) -> Iterator[tuple[str, AdapterMethod, int | None]]:
+        """(name, method, budget) of each; a method without a size has one cell, of no budget."""
+        for text in self.config.methods:
+            name, settings = parse(text)
+            if not METHODS[name].size or METHODS[name].size in settings:
+                yield text, make(name, **settings), None
+                continue
+            seen = set()
+            for budget in budgets:
+                method = fit_size(self.model, name, settings, budget, self.where)
+                if method not in seen:
+                    seen.add(method)
+                    yield text, method, budget
+
+    def cell(self, label: str, method: AdapterMethod, budget: int | None, bar: Any) -> dict[str, Any]:
+        """The row of one method at one budget."""
+        lr, tried = self._search(label, method, bar)
+        found = []
+        for seed in range(1, self.config.seeds + 1):
+            found.append(self._run(label, method, lr, seed, final=True))
+            bar.advance(1)
+        scores = {name: [run["scores"][name] for run in found] for name in found[0]["scores"]}
+        test = scores["test"]
+        forgetting = [run["forgetting"] for run in found if run["forgetting"] is not None]
+        return {
+            "method": label,
+            "settings": method.settings(),
+            "family": method.family,
+            "budget": budget,
+            "trainable_params": found[0]["trainable_params"],
+            "lr": lr,
+            "tried": tried,
+            "metric": self.task.metric,
+            "metric_mean": _mean(test),
+            "metric_sd": _sd(test),
+            "metric_ci": _t_interval(test),
+            "by_seed": test,
+            "ood": {name: {"mean": _mean(v), "sd": _sd(v)} for name, v in scores.items() if name != "test"},
+            "forgetting": _mean(forgetting) if forgetting else None,
+            "forgetting_sd": _sd(forgetting) if forgetting else None,
+            "seconds": _mean([run["seconds"] for run in found]),
+            "step_seconds": float(np.median([run["step_seconds"] for run in found])),
+            "peak_memory_mb": max(run["peak_memory_mb"] for run in found),
+            "size_mb": found[0]["size_mb"],
+            "merge_error": found[0]["merge_error"],
+            "seeds": self.config.seeds,
+            "diverged": [seed + 1 for seed, run in enumerate(found) if run["failed"]],
+        }
+
+    def _search(self, label: str, method: AdapterMethod, bar: Any) -> tuple[float, list[list[float]]]:
+        """(the best learning rate, [rate, validation loss] of all that were tried)."""
+        losses: dict[int, float] = {}
+
+        def try_at(exponent: int) -> None:
+            rate = method.lr * _GRID_STEP**exponent
+            losses[exponent] = self._run(label, method, rate, 0, final=False)["validation"]
+            bar.advance(1)
+
+        first = -((self.config.grid - 1) // 2)
+        for exponent in range(first, first + self.config.grid):
+            try_at(exponent)
+        for _ in range(self.config.extend):
+            best = min(losses, key=losses.__getitem__)
+            edge = {min(losses): best - 1, max(losses): best + 1}.get(best)
+            if edge is None or len(losses) == 1:
+                break
+            bar.total += 1
+            try_at(edge)
+        best = min(losses, key=losses.__getitem__)
+        tried = [[method.lr * _GRID_STEP**e, losses[e]] for e in sorted(losses)]
+        return method.lr * _GRID_STEP**best, tried
+
+    def _run(self, label: str, method: AdapterMethod, lr: float, seed: int, *, final: bool) -> dict[str, Any]:
+        key = {
+            "method": label, "settings": method.settings(), "lr": lr, "seed": seed, "final": final, **self.where,
+            "epochs": self.config.epochs, "batch_size": self.config.batch_size, "dtype": self.config.dtype,
+        }  # fmt: skip
+        found = self._part(key, lambda: self._trained(method, lr, seed, final))
+        run = {"method": label, "lr": lr, "seed": seed, "final": final, **found}
+        self.runs.append(run)
+        return run
+
+    def _part(self, key: Mapping[str, Any], make_it: Any) -> dict[str, Any]:
+        """What `make_it` gives, from OUT/parts if it is there."""
+        if self.out is None:
+            return make_it()
+        key = {**key, "task": self.task.settings(), "model": self.model.fingerprint}
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:24]
+        path = self.out / "parts" / f"{digest}.json"
+        if path.is_file():
+            return read_json(path)["found"]
+        found = make_it()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"key": key, "found": found})
+        return found
+
+    def _trained(self, method: AdapterMethod, lr: float, seed: int, final: bool) -> dict[str, Any]:
+        config = FinetuneConfig(
+            lr=lr,
+            epochs=self.config.epochs,
+            batch_size=self.config.batch_size,
+            seed=seed,
+            dtype=self.config.dtype,
+        )
+        tuned = get(self.model, method, seed=seed, **self.where)
+        try:
+            started = time.perf_counter()
+            failed, outcome = "", None
+            try:
+                outcome = train(tuned, self.task.objective, config)
+            except NumericsError as error:
+                failed = str(error)
+            found: dict[str, Any] = {
+                "failed": failed,
+                "validation": math.inf
+                if outcome is None or outcome.best is None
+                else outcome.best[1]["loss"],
+                "trainable_params": tuned.n_trainable,
+                "seconds": time.perf_counter() - started,
+                "step_seconds": math.nan if outcome is None else outcome.step_seconds,
+                "peak_memory_mb": math.nan if outcome is None else outcome.peak_memory_mb,
+            }
+            if final:
+                found |= self._judged(tuned)
+            return found
+        finally:
+            tuned.remove()
+
+    def _judged(self, tuned: Adapted) -> dict[str, Any]:
+        found = self._scores(tuned)
+        before = self.base["unrelated"]
+        found["forgetting"] = None if before is None else found["unrelated"] - before
+        found["merge_error"] = merge_error(tuned, self.task)
+        with tempfile.TemporaryDirectory(prefix="steerkit-") as folder:
+            saved = tuned.save(Path(folder) / "adapter")
+            found["size_mb"] = sum(f.stat().st_size for f in saved.rglob("*.safetensors")) / 1e6
+        return found
+
+    def _scores(self, model: HookedModel) -> dict[str, Any]:
+        scores = {name: float(np.mean(values)) for name, values in self.task.measure(model).items()}
+        rest = self.task.unrelated
+        return {
+            "scores": scores,
+            "unrelated": None if rest is None else rest.evaluate(model, "test").mean("loss"),
+        }
+
+
+@torch.no_grad()
+def merge_error(tuned: Adapted, task: Task) -> float | None:
+    """Greatest difference of the final states on a few examples once the adapter is merged, as a share of their greatest; None
+    where it cannot be."""
+    from steerkit.finetune import padded
+
+    if tuned.method.merge != "exact":
+        return None
+    ids, mask = padded(tuned, task.objective.examples("validation")[:4])
+    before = tuned.final(ids, mask).float()
+    with tempfile.TemporaryDirectory(prefix="steerkit-") as folder:
+        merged = HookedModel.from_pretrained(tuned.merge(Path(folder) / "merged"), device=tuned.device)
+    after = merged.final(ids, mask).float()
+    return float((after - before)[mask.bool()].abs().max() / before[mask.bool()].abs().max())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def _sd(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def _t_interval(values: Sequence[float], level: float = 0.95) -> list[float] | None:
+    """Student's t over seeds."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return None
+    half = t.ppf(0.5 + level / 2, len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return [_mean(values) - half, _mean(values) + half]
+
+
+def _difference(row: Mapping[str, Any], reference: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Row less reference, seed by seed."""
+    if reference is None or reference is row:
+        return None
+    found = [one - other for one, other in zip(row["by_seed"], reference["by_seed"], strict=True)]
+    return {"mean": _mean(found), "ci": _t_interval(found)}
