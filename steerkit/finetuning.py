@@ -80,6 +80,8 @@ class FinetuneConfig(OptimiseConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name} is {value}; it must be positive.")
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}; it must be at least 0.")
         if parse_dtype(self.dtype) not in (None, torch.bfloat16):
             raise InputError(f"dtype is {self.dtype!r}; it is bf16, or None for that of the weights.")
         if self.tau is not None:
@@ -257,7 +259,8 @@ def layers(*indices: int) -> Select:
                 )
         wanted = {index % model.n_layers for index in indices}
         blocks = {_block_of(site.path, site.layer) for site in model.sites.values() if site.layer in wanted}
-        return [name for name in everything(model) if name.startswith(tuple(f"{path}." for path in blocks))]
+        inside = tuple(f"{block}." for block in blocks if block)
+        return [name for name in everything(model) if name.startswith(inside)]
 
     return select
 
@@ -275,10 +278,10 @@ def matching(pattern: str) -> Select:
     return select
 
 
-def _block_of(path: str, layer: int) -> str:
-    """`model.layers.3` of `model.layers.3.mlp.down_proj`."""
+def _block_of(path: str, layer: int | None) -> str:
+    """`model.layers.3` of `model.layers.3.mlp.down_proj`; nothing of a site that is read outside of its block."""
     parts = path.split(".")
-    return ".".join(parts[: parts.index(str(layer)) + 1])
+    return ".".join(parts[: parts.index(str(layer)) + 1]) if str(layer) in parts else ""
 
 
 # -- the loop --------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from steerkit.data import Documents, load_documents
 from steerkit.errors import InputError
 from steerkit.finetune import (
     Example,
+    Sized,
     all_log_probs,
     at_least_float32,
     encode_texts,
@@ -45,12 +46,6 @@ POOLINGS = ("auto", "cls", "mean", "last")
 _EVALUATION_TOKENS = 8192
 
 
-class Sized(Protocol):
-    """An example: it says how long it is, in tokens."""
-
-    def __len__(self) -> int: ...
-
-
 E = TypeVar("E", bound=Sized)
 
 
@@ -62,6 +57,8 @@ class Score:
     of: str
     """Whose mean it is of what `evaluate` gives."""
     higher_is_better: bool
+    bounds: tuple[float, float]
+    """Between which it lies."""
     exponential: bool = False
     """The mean's exponential is given."""
 
@@ -118,7 +115,8 @@ class Evaluation(Mapping[str, np.ndarray]):
             mean = s[..., 0] / s[..., 1]
             return self.judged_by(mean) if name is None else mean
 
-        return jackknife(sums, statistic, level=level)
+        found = jackknife(sums, statistic, level=level)
+        return found.clipped(*self.judged_by.bounds) if name is None else found
 
 
 class Objective(ABC, Generic[E]):
@@ -240,7 +238,7 @@ class Classification(Objective[Labelled]):
     """
 
     name = "classification"
-    judged_by = Score("accuracy", "correct", higher_is_better=True)
+    judged_by = Score("accuracy", "correct", higher_is_better=True, bounds=(0.0, 1.0))
     head: nn.Linear
 
     def __init__(
@@ -362,7 +360,7 @@ class LanguageModelling(Objective[Example]):
     """
 
     name = "language modelling"
-    judged_by = Score("perplexity", "loss", higher_is_better=False, exponential=True)
+    judged_by = Score("perplexity", "loss", higher_is_better=False, bounds=(1.0, math.inf), exponential=True)
 
     def __init__(
         self,
@@ -430,7 +428,7 @@ class Preference(Objective[Preferred]):
     """
 
     name = "preference"
-    judged_by = Score("accuracy", "correct", higher_is_better=True)
+    judged_by = Score("accuracy", "correct", higher_is_better=True, bounds=(0.0, 1.0))
 
     def __init__(
         self, model: HookedModel, train: Any, validation: Any = None, test: Any = None, *, beta: float = 0.1
