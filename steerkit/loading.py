@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,30 @@ from torch import nn
 
 from steerkit.errors import CheckpointError, InputError
 from steerkit.lens import is_transformer_lens
+from steerkit.runs import read_json
+
+ADAPTER_TYPES = "steerkit.peft"
+"""Entry points of packages that bring peft types of their own: loading one registers them."""
+ADAPTER_RECORD = "steerkit_adapter.json"
+"""What steerkit writes into an adapter directory: `method`, `settings`, `base` and `fingerprint`, the base's."""
+
+
+@dataclass(frozen=True)
+class AdapterOrigin:
+    """The model that an adapter was made for, and the one that it is put on."""
+
+    made_for: str
+    fingerprint: str
+    """The former's."""
+    base: str
+
+    def require(self, fingerprint: str, adapter: str) -> None:
+        """Raise InputError where the latter's is another."""
+        if fingerprint != self.fingerprint:
+            raise InputError(
+                f"The adapter {adapter} was made for {self.made_for} (fingerprint {self.fingerprint}), and {self.base} is another "
+                f"model ({fingerprint}): give other_model=True if that is meant."
+            )
 
 
 @dataclass(frozen=True)
@@ -25,6 +50,8 @@ class Loaded:
     revision: str | None = None
     has_lm_head: bool = True
     """False when the checkpoint has no weights for the head that the class has."""
+    origin: AdapterOrigin | None = None
+    """Of an adapter that says which model it was made for."""
 
 
 def load(
@@ -159,6 +186,7 @@ def _load_adapter(name: str, path: Path, tokenizer: Any, device: Any, dtype: Any
     """A PEFT adapter directory: its base model, with the adapter on top."""
     import peft
 
+    _require_type(name, path)
     config = peft.PeftConfig.from_pretrained(str(path))
     base_name = config.base_model_name_or_path
     if not base_name:
@@ -176,7 +204,32 @@ def _load_adapter(name: str, path: Path, tokenizer: Any, device: Any, dtype: Any
         device_map=device_map,
     )
     model = peft.PeftModel.from_pretrained(base.model, str(path)).eval()
-    return Loaded(model, base.tokenizer, name, base.revision, base.has_lm_head)
+    origin = adapter_origin(path, base.name)
+    return Loaded(model, base.tokenizer, name, base.revision, base.has_lm_head, origin)
+
+
+def adapter_origin(path: Path, base: str) -> AdapterOrigin | None:
+    """What the adapter directory at `path` says about the model it was made for, if anything; `base` is the one at hand."""
+    if not (path / ADAPTER_RECORD).is_file():
+        return None
+    record = read_json(path / ADAPTER_RECORD)
+    return AdapterOrigin(record["base"], record["fingerprint"], base)
+
+
+def _require_type(name: str, path: Path) -> None:
+    """Register the adapter's type, if peft has it not. Raises InputError where no installed package has it."""
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known
+
+    kind = read_json(path / "adapter_config.json").get("peft_type")
+    if kind not in known:
+        for entry in metadata.entry_points(group=ADAPTER_TYPES):
+            entry.load()
+    if kind not in known:
+        raise InputError(
+            f"The adapter {name} is of the type {kind}, which neither peft {peft.__version__} nor an installed package has: "
+            "install a newer peft, or the package that made it."
+        )
 
 
 def _loaded_module(model: nn.Module, tokenizer: Any, device: Any, dtype: Any) -> Loaded:

@@ -94,27 +94,31 @@ class HookedModel:
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
         device_map: Any = None,
+        other_model: bool = False,
     ) -> HookedModel:
         """Wrap `source`: 'storyworld', a Hugging Face id, a directory (of a model or a PEFT adapter), or a
         loaded PreTrainedModel, PeftModel, TransformerBridge or HookedTransformer.
 
         `tokenizer` is an object or the name of one; without it the model's own is used. `dtype` None keeps
         the checkpoint's, `device` None means CUDA if there is one (a loaded model stays where it is).
-        Weights are read from safetensors only. Raises InputError when there is no such model,
-        CheckpointError when its weights are incomplete.
+        Weights are read from safetensors only. Raises InputError when there is no such model, or when an
+        adapter was made for another than its base is now (it may be with `other_model`), CheckpointError when
+        weights are incomplete.
         """
         if isinstance(source, HookedModel):
             return source
-        return cls(
-            load(
-                source,
-                tokenizer=tokenizer,
-                device=device,
-                dtype=dtype,
-                revision=revision,
-                device_map=device_map,
-            )
+        loaded = load(
+            source,
+            tokenizer=tokenizer,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            device_map=device_map,
         )
+        model = cls(loaded)
+        if loaded.origin is not None and not other_model:
+            loaded.origin.require(model.fingerprint, model.name)
+        return model
 
     @property
     def trunk(self) -> nn.Module:

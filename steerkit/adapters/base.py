@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from steerkit.adapters import tuner
@@ -70,6 +71,9 @@ class AdapterMethod:
             raise InputError(f"{self.name} takes whole maps: {parts[0]} is fused, ask for all of it.")
         return [slot.path for slot in slots]
 
+    def prepare(self, model: nn.Module) -> None:
+        """Called once, when a fresh adapter is in the model: for starts that are neither random nor of the base's weights."""
+
     def groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]] | None:
         """Parameter groups for the optimiser where they differ (LoRA+); None for the usual ones."""
         return None
@@ -100,7 +104,30 @@ class EditMethod(AdapterMethod):
             settings=self.settings(),
             target_modules=self.paths(slots),
             seed=seed,
+            facts=self.facts(model, slots),
         )
+
+    def facts(self, model: HookedModel, slots: Sequence[Slot]) -> dict[str, dict[str, Any]]:
+        """Path -> what the edit there has to know of the model beyond its own module, as plain data: it is saved with the adapter."""
+        return {}
+
+    def regulariser(self, model: nn.Module) -> Tensor | None:
+        edits = [module for module in model.modules() if isinstance(module, tuner.Edit)]
+        terms = [term for edit in edits if (term := edit.penalty()) is not None]
+        return torch.stack(terms).sum() if terms else None
+
+
+@dataclass(frozen=True)
+class SubsetMethod(AdapterMethod):
+    """A method that trains some of the base's own parameters."""
+
+    def trained(self, model: HookedModel, slots: Sequence[Slot]) -> list[str]:
+        """Names of the parameters that are trained."""
+        raise NotImplementedError
+
+    def count(self, model: HookedModel, slots: Sequence[Slot]) -> int:
+        parameters = dict(model.model.named_parameters())
+        return sum(parameters[name].numel() for name in self.trained(model, slots))
 
 
 METHODS: dict[str, type[AdapterMethod]] = {}

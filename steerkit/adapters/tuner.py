@@ -46,22 +46,29 @@ class Target:
     model: nn.Module
     """The base model."""
     shared: dict[str, nn.Parameter]
-    """Parameters that the edits of one adapter have in common."""
+    """Parameters that the edits of one adapter have in common (`Edit.tie`)."""
     seed: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What `EditMethod.facts` says of this module."""
 
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
         """The base's weight in float32 at least, a copy. Raises InputError for a module that is no linear map."""
-        if not is_projection(self.module):
-            raise InputError(
-                f"{self.path} is a {type(self.module).__name__}, not a linear map with a weight."
-            )
-        weight = weight_of(self.module).detach()
-        if not weight.is_floating_point():
-            raise InputError(
-                f"The weight of {self.path} is quantised ({weight.dtype}): this method needs it in floating point."
-            )
-        return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        return _weight(self.path, self.module)
+
+    @property
+    def bias(self) -> Float[Tensor, " d_out"]:
+        """The base's bias in float32 at least, a copy; zeros where there is none."""
+        bias = getattr(self.module, "bias", None)
+        return torch.zeros(self.d_out) if bias is None else _wide(bias)
+
+    def sibling(self, path: str, rows: Sequence[int] | None = None) -> Float[Tensor, "d_out d_in"]:
+        """The weight of another module of the base, or its rows from first to end."""
+        module = self.model.get_submodule(path)
+        while isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        weight = _weight(path, module)
+        return weight if rows is None else weight[slice(*rows)]
 
     @property
     def d_out(self) -> int:
@@ -83,9 +90,27 @@ class Target:
         return torch.Generator().manual_seed(self.seed * 1_000_003 + zlib.crc32(self.path.encode()))
 
 
+def _weight(path: str, module: nn.Module) -> Float[Tensor, "d_out d_in"]:
+    if not is_projection(module):
+        raise InputError(f"{path} is a {type(module).__name__}, not a linear map with a weight.")
+    weight = weight_of(module)
+    if not weight.is_floating_point():
+        raise InputError(
+            f"The weight of {path} is quantised ({weight.dtype}): this method needs it in floating point."
+        )
+    return _wide(weight)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+
+
 class Edit(nn.Module):
     """What an adapter does to one module. Parameters are what is trained; what is frozen is a buffer, `persistent=False` where it
     follows from the base's weights and the seed."""
+
+    alpha: float | None = None
+    """Where an edit has a way of its own from the base (0) to what was trained (1): how far along it. `Adapted.scaled` sets it."""
 
     def forward(self, x: Tensor, base: Base) -> Any:
         """The module's new output: `base(x)` is the old one."""
@@ -98,6 +123,19 @@ class Edit(nn.Module):
     def delta_bias(self, bias: Float[Tensor, " d_out"]) -> Float[Tensor, " d_out"] | None:
         """What is added to the bias (zeros if the module has none), or None."""
         return None
+
+    def penalty(self) -> Tensor | None:
+        """Its term of the loss, or None."""
+        return None
+
+    def tie(self, name: str, target: Target, key: str, make: Callable[[], Tensor]) -> None:
+        """A parameter in common with the edits of the same `key`. It belongs to the first of them, and is saved once."""
+        first = key not in target.shared
+        if first:
+            target.shared[key] = nn.Parameter(make())
+            self.register_parameter(name, target.shared[key])
+        else:
+            object.__setattr__(self, name, target.shared[key])
 
 
 @dataclass
@@ -113,6 +151,8 @@ class EditConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Path (or its end) -> the setting `rank` there."""
     seed: int = 0
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Path -> what the edit there has to know of the model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,6 +188,15 @@ class EditLayer(nn.Module, BaseTunerLayer):
         self.steerkit_edits[name] = edit
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Edits stay float32 at least, whatever the base's type."""
+        for own in self.get_base_layer().parameters():
+            dtype = torch.promote_types(own.dtype, torch.float32) if own.is_floating_point() else None
+            self.steerkit_edits[adapter_name].to(device=device or own.device, dtype=dtype)
+            return
 
     def forward(self, x: Any, *args: Any, **options: Any) -> Any:
         if self.disable_adapters and self.merged:
@@ -242,6 +291,7 @@ class EditModel(BaseTuner):
             self.model,
             self._shared.setdefault(adapter_name, {}),
             peft_config.seed,
+            peft_config.facts.get(path, {}),
         )
         edit = make_edit(peft_config.method, place, peft_config.settings_at(path))
         layer._active_adapter = layer._active_adapter or list(self.active_adapters)
