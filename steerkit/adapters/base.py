@@ -108,7 +108,7 @@ class EditMethod(AdapterMethod):
         )
 
     def facts(self, model: HookedModel, slots: Sequence[Slot]) -> dict[str, dict[str, Any]]:
-        """Path -> what the edit there has to know of the model beyond its own module, as plain data: it is saved with the adapter."""
+        """Path -> what the edit there has to know of the model beyond its own module. Plain data, saved with the adapter."""
         return {}
 
     def regulariser(self, model: nn.Module) -> Tensor | None:

@@ -5,10 +5,16 @@ import torch
 
 from steerkit import adapters
 from steerkit.adapters import METHODS
+from steerkit.adapters.base import EditMethod
 from steerkit.errors import InputError
 from steerkit.models import HookedModel
 
-SMALL: dict[str, dict] = {"lora": {"rank": 4}, "svft": {"rank": 2}}
+SMALL: dict[str, dict] = {
+    "antipasto": {"rank": 8},
+    "lora": {"rank": 4},
+    "ssvd": {"rank": 8},
+    "svft": {"rank": 2},
+}
 """Settings that fit the tiny models; the defaults otherwise."""
 ALL = sorted(METHODS)
 MERGED = [name for name in ALL if METHODS[name].merge == "exact"]
@@ -42,11 +48,11 @@ def train(tuned, ids, steps=2):
     losses = []
     for step in range(steps):
         loss = loss_of(tuned, ids)
-        extra = tuned.method.regulariser(tuned.peft)
+        extra = tuned.method.regulariser(tuned.model)
         optimiser.zero_grad()
         (loss if extra is None else loss + extra).backward()
         optimiser.step()
-        tuned.method.after_step(tuned.peft, step, 100)
+        tuned.method.after_step(tuned.model, step, 100)
         losses.append(float(loss))
     return [*losses, float(loss_of(tuned, ids))]
 
@@ -72,11 +78,11 @@ def test_it_starts_as_the_base_or_says_why_not(tuned, ids, before):
 def test_gradients_reach_what_is_trained_and_nothing_else(tuned, ids):
     if tuned.method.identity == "exact":
         train(tuned, ids, 1)  # a factor behind one that starts at zero has no gradient before
-    tuned.peft.zero_grad()
+    tuned.model.zero_grad()
     loss_of(tuned, ids).backward()
     trained = tuned.trainable()
     assert trained
-    for name, parameter in tuned.peft.named_parameters():
+    for name, parameter in tuned.model.named_parameters():
         reached = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
         assert reached == (name in trained), name
 
@@ -145,6 +151,16 @@ def test_its_effective_change_is_what_merging_adds(tuned, ids, before):
     with tuned.scaled(1.0):
         torch.testing.assert_close(tuned.logits(ids), changed, rtol=0, atol=1e-5)
     assert all(bool(weight.isfinite().all()) for weight in weights.values())
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if issubclass(METHODS[name], EditMethod)])
+def test_over_bfloat16_its_own_numbers_stay_float32(model_folder, ids, name):
+    half = HookedModel.from_pretrained(model_folder, dtype=torch.bfloat16)
+    tuned = adapters.get(half, name, **SMALL.get(name, {}))
+    train(tuned, ids, 1)
+    assert {p.dtype for p in tuned.trainable().values()} == {torch.float32}
+    assert tuned.logits(ids).dtype == torch.bfloat16
+    assert bool(tuned.logits(ids).isfinite().all())
 
 
 @pytest.mark.parametrize("name", ALL)

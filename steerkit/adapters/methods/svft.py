@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from steerkit.adapters.base import EditMethod, register
+from steerkit.adapters.singular import SingularEdit
 from steerkit.adapters.slots import Slot
-from steerkit.adapters.svd import svd
-from steerkit.adapters.tuner import Base, Edit, Target
+from steerkit.adapters.tuner import Edit, Target
 from steerkit.errors import InputError
 
 
@@ -68,28 +68,18 @@ class SVFT(EditMethod):
         return k * (2 * b + 1) - b * (b + 1)
 
 
-class _SVFT(Edit):
-    U: Tensor
-    Vh: Tensor
+class _SVFT(SingularEdit):
     rows: Tensor
     columns: Tensor
 
     def __init__(self, target: Target, config: SVFT) -> None:
-        super().__init__()
-        U, _, Vh = svd(target.weight)
-        rows, columns = config.places(len(Vh), target.generator())
-        for name, value in (("U", U), ("Vh", Vh), ("rows", rows), ("columns", columns)):
-            self.register_buffer(name, value, persistent=False)
+        super().__init__(target)
+        rows, columns = config.places(len(self.S), target.generator())
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("columns", columns, persistent=False)
         self.M = nn.Parameter(torch.zeros(len(rows)))
 
-    def _dense(self) -> Float[Tensor, "k k"]:
-        k = len(self.Vh)
+    def core(self) -> Float[Tensor, "k k"]:
+        """M."""
+        k = len(self.S)
         return self.M.new_zeros(k, k).index_put((self.rows, self.columns), self.M)
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        y = base(x)
-        inside = x.to(self.M.dtype) @ self.Vh.T @ self._dense().T
-        return y + (inside @ self.U.T).to(y.dtype)
-
-    def delta(self, weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
-        return self.U @ self._dense() @ self.Vh
