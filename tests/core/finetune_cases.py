@@ -1,10 +1,8 @@
-"""Small models and data to fine-tune, and runs by name: `torchrun --nproc-per-node 2 finetune_cases.py OUT`, or `… OUT STEP`, which
-kills itself at that step."""
+"""Small models and data to fine-tune, and runs by name; `torchrun --nproc-per-node 2 finetune_cases.py OUT` does them."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -161,8 +159,6 @@ def resumable(case: str, out: Path | None, *, at: int | None = None, number: int
 def main() -> None:
     torch.set_num_threads(1)
     out = Path(sys.argv[1])
-    if len(sys.argv) > 2:
-        resumable("preference", out, at=int(sys.argv[2]), number=signal.SIGKILL, checkpoint_seconds=0.0)
     with distributed.launched():
         for case in CASES:
             for variant, settings in VARIANTS.items():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 from finetune_cases import CASES, RESUMED, VARIANTS, decoder, exactly, modelling, resumable, weights
 
+from steerkit.checkpoints import Checkpoints
 from steerkit.errors import CheckpointError, InputError
 from steerkit.finetuning import finetune, layers, load_run, trainable
 from steerkit.runs import Run
@@ -55,8 +56,14 @@ def test_a_run_without_a_directory_is_the_same(tmp_path):
 
 def test_a_killed_run_ends_bit_identical(tmp_path):
     whole, _ = resumable("preference", None)
-    done = subprocess.run([sys.executable, SCRIPT, tmp_path / "r", "6"], env=ENVIRONMENT)
-    assert done.returncode == -signal.SIGKILL
+    child = os.fork()
+    if not child:
+        try:
+            resumable("preference", tmp_path / "r", at=6, number=signal.SIGKILL, checkpoint_seconds=0.0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len(Checkpoints(tmp_path / "r/checkpoint").files()) == 2
     assert same(resumable("preference", tmp_path / "r", resume=True)[0], whole)
 
 
