@@ -10,10 +10,26 @@ from steerkit.errors import InputError
 from steerkit.models import HookedModel
 
 SMALL: dict[str, dict] = {
+    "adalora": {"rank": 4},
     "antipasto": {"rank": 8},
+    "c3a": {"block": 16},
+    "fourierft": {"entries": 64},
+    "gralora": {"rank": 4},
+    "hra": {"rank": 4},
+    "loha": {"rank": 2},
+    "lokr": {"rank": 2},
     "lora": {"rank": 4},
+    "miss": {"rank": 8},
+    "oft": {"block": 8},
+    "psoft": {"rank": 8},
+    "randlora": {"rank": 8},
+    "road": {"group": 8},
+    "shira": {"rank": 2},
     "ssvd": {"rank": 8},
     "svft": {"rank": 2},
+    "vblora": {"rank": 2, "vectors": 16, "length": 8},
+    "vera": {"rank": 16},
+    "waveft": {"entries": 64},
 }
 """Settings that fit the tiny models; the defaults otherwise."""
 ALL = sorted(METHODS)
