@@ -45,10 +45,13 @@ class Task:
 
     def settings(self) -> dict[str, Any]:
         """What run.yaml says about it."""
-        unrelated = None if self.unrelated is None else self.unrelated.settings()
         return {
-            "name": self.name, "metric": self.metric, "objective": self.objective.settings(), "unrelated": unrelated,
-        }  # fmt: skip
+            "name": self.name,
+            "metric": self.metric,
+            "higher_is_better": self.higher_is_better,
+            "objective": self.objective.settings(),
+            "unrelated": None if self.unrelated is None else self.unrelated.settings(),
+        }
 
 
 # -- StoryWorld ------------------------------------------------------------------------------------------------------
