@@ -1,0 +1,97 @@
+"""GOFT: the input turned by a cascade of Givens rotations.
+
+    W' = W Q,   Q = … Q_4 Q_2 Q_1,   Q_s turns the plane of coordinates (i, i + s) by its own angle, for i = 0, 2 s, 4 s, …
+
+Ma et al. 2024, https://arxiv.org/abs/2404.04316. Each rotation hands one coordinate on to the next stride, so that there are
+d_in - 1 of them: enough to gather any vector in one coordinate, not for all of SO(d_in). Q is orthogonal, to rounding (the
+published code pairs neighbours at every stride, which is not). Angles are 0 at the start; with `gains` each turned coordinate is
+stretched besides, as in the published code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from steerkit.adapters.base import EditMethod, register
+from steerkit.adapters.slots import Slot
+from steerkit.adapters.tuner import Base, Edit, Target
+
+
+@register
+@dataclass(frozen=True)
+class GOFT(EditMethod):
+    """A cascade of Givens rotations."""
+
+    gains: bool = False
+    """Train a factor of each turned coordinate too: Q is orthogonal no more."""
+
+    name: ClassVar[str] = "goft"
+    paper: ClassVar[str] = "Ma et al. 2024, https://arxiv.org/abs/2404.04316"
+    equation: ClassVar[str] = "W' = W Q, Q a product of d_in - 1 Givens rotations"
+    hypothesis: ClassVar[str] = (
+        "Neurons are right relative to each other: turning them all together is enough, with one angle a coordinate."
+    )
+    family: ClassVar[str] = "orthogonal"
+    size: ClassVar[str] = ""
+    lr: ClassVar[float] = 5e-3
+
+    def edit(self, target: Target) -> Edit:
+        return _GOFT(target, self.gains)
+
+    def count_at(self, slot: Slot) -> int:
+        return slot.d_in - 1 + self.gains * slot.d_in
+
+
+def cascade(x: Float[Tensor, "... d"], blocks: Float[Tensor, "d_minus_1 2 2"]) -> Float[Tensor, "... d"]:
+    """Q x with these 2 × 2 blocks instead of rotations: those of stride 1 first."""
+    n_pairs = x.shape[-1] // 2
+    if not n_pairs:
+        return x
+    ((aa, ab), (ba, bb)) = (row.unbind(-1) for row in blocks[:n_pairs].unbind(-2))
+    a, b = x[..., : 2 * n_pairs].unflatten(-1, (n_pairs, 2)).unbind(-1)
+    on = torch.cat([aa * a + ab * b, x[..., 2 * n_pairs :]], dim=-1)
+    on = cascade(on, blocks[n_pairs:])
+    pairs = torch.stack([on[..., :n_pairs], ba * a + bb * b], dim=-1).flatten(-2)
+    return torch.cat([pairs, on[..., n_pairs:]], dim=-1)
+
+
+class CascadeEdit(Edit):
+    """W Q; a subclass makes Q's blocks."""
+
+    def blocks(self) -> Float[Tensor, "d_minus_1 2 2"]:
+        raise NotImplementedError
+
+    def turned(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """Q x."""
+        return cascade(x, self.blocks())
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        return base(self.turned(x.to(next(self.parameters()).dtype)).to(x.dtype))
+
+    def rotation(self) -> Float[Tensor, "d d"]:
+        """Q, dense."""
+        blocks = self.blocks()
+        return self.turned(torch.eye(len(blocks) + 1, device=blocks.device, dtype=blocks.dtype)).T
+
+    def delta(self, weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+        return weight @ self.rotation() - weight
+
+
+class _GOFT(CascadeEdit):
+    def __init__(self, target: Target, gains: bool) -> None:
+        super().__init__()
+        self.angles = nn.Parameter(torch.zeros(target.d_in - 1))
+        self.gains = nn.Parameter(torch.ones(target.d_in)) if gains else None
+
+    def blocks(self) -> Float[Tensor, "d_minus_1 2 2"]:
+        cos, sin = self.angles.cos(), self.angles.sin()
+        return torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))
+
+    def turned(self, x: Tensor) -> Tensor:
+        y = super().turned(x)
+        return y if self.gains is None else self.gains * y
