@@ -59,15 +59,14 @@ def spectra(changes: Changes) -> Any:
         figure.add_scatter(
             x=xs,
             y=ys,
-            mode="lines+markers",
+            mode="lines",
             name=html.escape(kind),
-            line={"width": 1.5, "dash": _DASHES[i // 7 % len(_DASHES)]},
-            marker={"size": 4, "symbol": _SYMBOLS[i % len(_SYMBOLS)]},
+            line={"width": 1.5, "dash": _DASHES[i % len(_DASHES)]},
             hovertemplate=f"{html.escape(kind)}<br>σ<sub>%{{x}}</sub>/σ<sub>1</sub> = %{{y:.3g}}<extra></extra>",
         )
     figure.update_layout(
         xaxis={"title": {"text": "singular value"}, "type": "log"},
-        yaxis={"title": {"text": "σ / σ₁ of dW"}, "type": "log"},
+        yaxis={"title": {"text": "σ / σ₁ of dW"}, "type": "log", "exponentformat": "power"},
         showlegend=True,
         height=400,
     )
@@ -75,7 +74,8 @@ def spectra(changes: Changes) -> Any:
 
 
 def energy_heatmap(changes: Changes, k: int = 10, side: str = "both") -> Any:
-    """Layers by kinds of module: the share of dW in W's k top directions (`left`, `right` or `both`); the null when pointed at."""
+    """Layers by kinds of module: how many times as much of dW is in W's k top directions (`left`, `right` or `both`) as of a random
+    change, since that differs with the shape; the share itself when pointed at."""
     from plotly import graph_objects as go
 
     shares = {
@@ -87,18 +87,21 @@ def energy_heatmap(changes: Changes, k: int = 10, side: str = "both") -> Any:
     cells = [[shares.get((layer, kind)) for layer in layers] for kind in kinds]
     figure = go.Figure(
         go.Heatmap(
-            z=[[None if cell is None else _finite(cell.value) for cell in row] for row in cells],
+            z=[[None if cell is None else _finite(cell.value / cell.null) for cell in row] for row in cells],
             x=["–" if layer is None else str(layer) for layer in layers],
             y=[html.escape(kind) for kind in kinds],
-            customdata=[[None if cell is None else cell.null for cell in row] for row in cells],
+            customdata=[["" if cell is None else repr(cell) for cell in row] for row in cells],
             text=[
-                ["" if cell is None or math.isnan(cell.value) else f"{cell.value:.2f}" for cell in row]
+                [
+                    "" if cell is None or math.isnan(cell.value) else f"{cell.value / cell.null:.2g}"
+                    for cell in row
+                ]
                 for row in cells
             ],
             texttemplate="%{text}",
             colorscale="Cividis",
             zmin=0,
-            hovertemplate="layer %{x}, %{y}: %{z:.3g}, random %{customdata:.3g}<extra></extra>",
+            hovertemplate="layer %{x}, %{y}: %{z:.3g} times random<br>share %{customdata}<extra></extra>",
         )
     )
     figure.update_layout(
@@ -147,7 +150,7 @@ def report(
         parts += [
             f"<h2>{html.escape(name)}</h2><p>Spectra of dW, beside the largest singular value.</p>",
             spectra(members),
-            f"<p>Share of dW in W's {k} top singular directions of outputs and inputs.</p>",
+            f"<p>Energy of dW in W's {k} top singular directions of outputs and inputs, beside that of a random change.</p>",
             energy_heatmap(members, k),
             "<p>DoRA's view: change of the neurons' norms against change of their directions.</p>",
             magnitude_direction_figure(members),

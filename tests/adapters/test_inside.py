@@ -174,6 +174,18 @@ def test_the_null_of_one_direction_is_a_beta_distribution(d, k):
     )
 
 
+@pytest.mark.parametrize(("k", "j"), [(3, 3), (2, 5), (6, 1)])
+def test_the_null_of_an_orthogonal_change_is_that_of_two_subspaces(k, j):
+    """‖P R Q‖² of an orthogonal R is the overlap of P with a random subspace of Q's dimension."""
+    whole, two = null_share(torch.ones(8), (8, 8), k, j), null_share(torch.ones(j), (8, j), k, j)
+    assert np.array(whole) == pytest.approx(np.array(two) * j / 8)
+
+
+def test_the_null_is_that_of_the_transpose():
+    values = torch.tensor([3.0, 1.0, 0.2])
+    assert null_share(values, (9, 4), 5, 2) == pytest.approx(null_share(values, (4, 9), 2, 5))
+
+
 @pytest.mark.parametrize(("n_out", "n_in"), [(4, 7), (9, 3), (4, 3)])
 def test_random_changes_have_the_mean_and_spread_of_the_null(n_out, n_in):
     values, shares = [3.0, 2.0, 2.0, 0.5], []
@@ -275,6 +287,14 @@ def test_a_planted_rotation_is_found(d_out):
         torch.testing.assert_close(found.angles, expected, atol=1e-10, rtol=0)
 
 
+def test_what_rounding_adds_to_a_low_rank_is_not_turned():
+    exact = of_spectrum([3.0, 2.0, 1.0], 10, 8)
+    old, new = ((exact + 5e-8 * normal(10, 8, seed=seed)).float() for seed in range(2))
+    found = rotation(Change(old, new - old))
+    assert found.null == pytest.approx((3 * 5 + 3) / 80)
+    assert float(found.angles.max()) < 1e-6
+
+
 def test_scaling_is_no_rotation():
     base = normal(6, 9)
     found = rotation(Change(base, 0.3 * base))
@@ -318,6 +338,8 @@ def test_the_gain_is_that_of_the_direction_of_the_data():
     assert noise.interval.low < noise.isotropic < noise.interval.high
     with pytest.raises(InputError, match="rows of 6"):
         gain(change, normal(4, 5))
+    with pytest.raises(NumericsError):
+        gain(change, torch.full((4, 6), math.nan))
 
 
 def test_norms_of_layers_are_those_of_their_modules_together():
