@@ -144,8 +144,9 @@ def finetune(
     `groups` gives the model's parameters in groups of their own, each trained one in one of them; by default all have `lr`, and
     `weight_decay` where they have two dimensions or more (biases and norms have one). `reference` is the losses of the training
     examples under a reference model, `objective.evaluate(other, "train")["loss"]`, which `tau` asks for. `regulariser(model)` is
-    added to the loss, once a step. `after_backward(model, step)` comes when a step's gradients are there, before they are clipped,
-    `after_step(model, step, n_steps)` when the weights have moved and gradients are still there; steps count from 0.
+    added to the loss, once a step. `after_backward(model, step)` comes when a step's gradients, of all processes, are there and
+    not yet clipped, `after_step(model, step, n_steps)` when the weights have moved and gradients are still there; steps count
+    from 0.
 
     With `out`, settings, metrics, checkpoints and the trained weights go to that run directory; `resume` continues it, or gives
     back what it came to. After Ctrl-C or SIGTERM a checkpoint is written and KeyboardInterrupt raised. State that the functions
@@ -157,21 +158,23 @@ def finetune(
     """
     with ExitStack() as stack:
         stack.enter_context(distributed.launched())
-        run = None
+        objective.reset(model, config.seed)
+        training = _Training(model, objective, config, groups, reference)
+        training.regulariser, training.after_backward, training.after_step = (
+            regulariser,
+            after_backward,
+            after_step,
+        )
+        run, checkpoints = None, None
         if out is not None:
             settings = {"model": model.name, "objective": objective.settings(), "training": asdict(config)}
             run = _open(Path(out), settings, resume, config.seed, model.revision)
             if (Path(out) / "summary.json").exists():
                 return load_run(model, objective, out)
-        objective.reset(model, config.seed)
+            checkpoints = Checkpoints(Path(out) / "checkpoint")
         devices = range(torch.cuda.device_count()) if model.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices))
-        training = _Training(model, objective, config, groups, reference)
         stack.enter_context(training.open())
-        training.regulariser = regulariser
-        training.after_backward = after_backward
-        training.after_step = after_step
-        checkpoints = None if out is None else Checkpoints(Path(out) / "checkpoint")
         outcome = training.run(run, checkpoints, checkpoint_seconds, quiet)
         if out is not None:
             distributed.first(lambda: training.finish(Path(out), outcome))
@@ -234,6 +237,11 @@ def trainable(model: HookedModel, select: Select) -> Iterator[None]:
     """Inside, the parameters that `select` names take gradients and no other does; afterwards all is as it was."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.model.parameters()]
     chosen = set(select(model))
+    unknown = sorted(chosen.difference(everything(model)))
+    if unknown:
+        raise InputError(
+            f"{model.name} has no parameter {unknown[0]!r}.{did_you_mean(unknown[0], everything(model))}"
+        )
     try:
         for name, parameter in model.model.named_parameters():
             parameter.requires_grad_(name in chosen)
@@ -271,7 +279,7 @@ def matching(pattern: str) -> Select:
     def select(model: HookedModel) -> list[str]:
         found = [name for name in everything(model) if re.search(pattern, name)]
         if not found:
-            near = did_you_mean(pattern, everything(model))
+            near = did_you_mean(pattern, {part for name in everything(model) for part in name.split(".")})
             raise InputError(f"No parameter of {model.name} matches {pattern!r}.{near}")
         return found
 

@@ -13,7 +13,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -173,7 +173,7 @@ class Objective(ABC, Generic[E]):
         return {"name": self.name, "examples": sizes, "fingerprint": self.fingerprint()}
 
     def fingerprint(self) -> str:
-        """A sha256 (hex) of all examples."""
+        """A sha256 (hex) of all examples, as their `repr` gives them: without what was computed with a model."""
         digest = hashlib.sha256()
         for split, examples in self._examples.items():
             for example in examples:
@@ -288,7 +288,7 @@ class Classification(Objective[Labelled]):
         return examples, found
 
     def reset(self, model: HookedModel, seed: int) -> None:
-        self.head = nn.Linear(model.d_model, len(self.classes))
+        self.head = nn.utils.skip_init(nn.Linear, model.d_model, len(self.classes))
         bound = 1 / math.sqrt(model.d_model)
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.head.parameters():
@@ -410,7 +410,7 @@ class Preferred:
 
     chosen: Example
     rejected: Example
-    reference: float = math.nan
+    reference: float = field(default=math.nan, repr=False)
     """log π_ref(chosen) - log π_ref(rejected)."""
 
     def __len__(self) -> int:

@@ -270,7 +270,8 @@ def test_a_seed_says_all_and_the_callers_random_numbers_go_on():
         model, objective = made("classification")
         finetune(model, objective, replace(QUICK, seed=seed))
         found.append((weights(model, objective), torch.rand(1)))
-        torch.rand(3)
+    torch.manual_seed(5)
+    assert found[0][1] == torch.rand(1)
     assert same(found[0][0], found[1][0])
     assert not same(found[0][0], found[2][0])
     assert found[0][1] == found[1][1] == found[2][1]
@@ -414,6 +415,13 @@ def test_parameters_are_chosen_by_name():
     ]
     with pytest.raises(InputError, match=r"No parameter of .* matches 'q_proj'"):
         matching("q_proj")(model)
+    with pytest.raises(InputError, match="Did you mean 'c_attn'"):
+        matching("c_atn")(model)
+    with (
+        pytest.raises(InputError, match=r"has no parameter 'wte\.weight'"),
+        trainable(model, lambda m: ["wte.weight"]),
+    ):
+        pass
     with pytest.raises(InputError, match=r"Layer 2 does not exist: .* has layers 0–1"):
         layers(2)(model)
 
@@ -462,6 +470,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_the_best_weights_stay(tmp_pa
     with pytest.raises(NumericsError, match=r"now those it began with"):
         finetune(model, objective, replace(QUICK, lr=1e30, clip=1e30, warmup=0.0, optimiser="SGD"))
     assert same(weights(model, objective), before)
+
+
+def test_a_run_that_is_refused_leaves_no_directory(tmp_path):
+    model, objective = made("language modelling")
+    with trainable(model, nothing), pytest.raises(InputError, match="takes gradients"):
+        finetune(model, objective, QUICK, out=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
 
 
 def test_bad_settings_and_data_are_refused():
