@@ -92,6 +92,7 @@ class Similarity:
     sites_a: tuple[str, ...]
     sites_b: tuple[str, ...]
     n_rows: int
+    """Rows compared."""
     n_documents: int
     """Units that intervals were made from: documents, or blocks of them; 0 without intervals."""
     notes: tuple[str, ...] = ()
@@ -175,6 +176,12 @@ class Settings:
     dtype: torch.dtype = torch.float64
     """In which products and sums are held. float32 is faster, the more so on most GPUs, and good to about 1e-5."""
 
+    def __post_init__(self) -> None:
+        if self.blocks < 2 or not 0 < self.level < 1:
+            raise InputError(
+                f"blocks is {self.blocks} and level {self.level}: at least 2, and between 0 and 1."
+            )
+
     def chosen(self, sites_a: Sequence[str], sites_b: Sequence[str]) -> list[SitePair]:
         """The pairs to compare. Raises InputError when there are none, or for a site that is not there."""
         if self.pairs == "all":
@@ -244,7 +251,7 @@ class Stream(ABC):
         ids = self._document_ids(documents, mask, n)
         self._same_sites(a, b)
         device = next(iter(a.values())).device
-        a = {site: a[site] for site, _ in self.pairs}
+        a = {site: a[site].to(device) for site, _ in self.pairs}
         self._add(a, {site: b[site].to(device) for _, site in self.pairs}, ids)
         self.n_rows += n
 
@@ -303,7 +310,7 @@ class Fitter(Stream):
             {(a, b): _pair(a, b, found) for (a, b), found in estimates.items()},
             tuple(self.widths_a),
             tuple(self.widths_b),
-            self.n_rows,
+            self._n_compared(),
             self._units() if self.settings.interval else 0,
             notes,
         )
@@ -311,7 +318,13 @@ class Fitter(Stream):
     def estimates(self) -> dict[SitePair, Estimate]:
         """The pairs' values; raises as `result` does."""
         self.require_rows()
-        return self._estimates()
+        found = self._estimates()
+        for (a, b), estimate in found.items():
+            if math.isnan(estimate.interval.estimate):
+                raise InputError(
+                    f"{a} – {b}: 0 / 0, since all rows of one of them are equally unlike each other; give more rows."
+                )
+        return found
 
     @abstractmethod
     def _estimates(self) -> dict[SitePair, Estimate]: ...
@@ -319,6 +332,9 @@ class Fitter(Stream):
     @abstractmethod
     def _units(self) -> int:
         """How many units the jackknife leaves out."""
+
+    def _n_compared(self) -> int:
+        return self.n_rows
 
 
 def rows_of(side: Side, mask: Bool[Tensor, "*rows"] | None = None) -> dict[str, Float[Tensor, "n d"]]:

@@ -84,6 +84,10 @@ class SVCCA(CCA):
     variance: float = 0.99
     """Share of each side's variance that the components hold; above 0, up to 1."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.variance <= 1:
+            raise InputError(f"variance is {self.variance}: a share lies above 0 and at most at 1.")
+
     def of_site(self, own: PairSums) -> Whitened:
         return _whitened(own.scatter, self.variance)
 

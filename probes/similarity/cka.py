@@ -7,7 +7,8 @@
 
 Kornblith et al. 2019, https://arxiv.org/abs/1905.00414; Song et al. 2012, JMLR 13:1393. Debiased by default: without
 relation between the sides the biased form is about sqrt(d_x d_y / ((n + d_x)(n + d_y))), which is 0.6 at n = 512 and d
-= 768. The debiased one can be below zero, and is never clamped; as a ratio it is unbiased only to O(1/n).
+= 768. The debiased one can be below zero, and is never clamped; as a ratio it is unbiased only to O(1/n), and rows that
+resemble each other within documents, of which there are g, bias it upwards by O(1/g), as the null of permuted documents shows.
 
 Both routes are exact. `moments` streams (one product of (n, Σd_a) by (n, Σd_b) for all pairs, memory flat in n) and
 leaves out blocks of documents; `gram` keeps the rows and walks over n × n inner products, which is less work and memory

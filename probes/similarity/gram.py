@@ -150,6 +150,9 @@ class GramFitter(Fitter):
 
     def _add(self, a: dict[str, Tensor], b: dict[str, Tensor], documents: Int[Tensor, " n"]) -> None:
         draws = torch.rand(len(documents), generator=self._draws, dtype=torch.float64)
+        a, b = (
+            {site: acts.clone() for site, acts in side.items()} for side in (a, b)
+        )  # buffers may be used again
         self._kept.append(_Rows(a, b, documents, draws))
         limit = self._method.max_rows
         if limit is not None and sum(len(kept.draws) for kept in self._kept) > 2 * limit:
@@ -164,14 +167,16 @@ class GramFitter(Fitter):
             torch.cat([kept.draws for kept in self._kept]),
         )
         limit = self._method.max_rows
-        return (
-            rows
-            if limit is None or len(rows.draws) <= limit
-            else rows.take(rows.draws.argsort()[:limit].sort().values)
-        )
+        if limit is None or len(rows.draws) <= limit:
+            return rows
+        return rows.take(rows.draws.argsort()[:limit].sort().values)
 
     def _units(self) -> int:
         return len(self._rows().documents.unique())
+
+    def _n_compared(self) -> int:
+        limit = self._method.max_rows
+        return self.n_rows if limit is None else min(limit, self.n_rows)
 
     def _estimates(self) -> dict[SitePair, Estimate]:
         rows = self._rows()
@@ -183,12 +188,11 @@ class GramFitter(Fitter):
         expected = self._method.expected_null(sums)
         places_a = {site: i for i, site in enumerate(rows.a)}
         places_b = {site: len(rows.a) + i for i, site in enumerate(rows.b)}
-        drawn = "" if len(groups) == self.n_rows else f"{len(groups):,} of {self.n_rows:,} rows, evenly drawn"
         return {
             (one, other): Estimate(
                 self.interval(float(values[0, p, q]), values[1:, p, q]),
                 float(expected[p, q]),
-                "; ".join(filter(None, (self._method.note(sums, p, q), drawn))),
+                self._method.note(sums, p, q),
             )
             for one, other in self.pairs
             for p, q in [(places_a[one], places_b[other])]

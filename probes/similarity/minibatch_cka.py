@@ -20,6 +20,7 @@ from torch import Tensor
 from probes.similarity.base import Estimate, Fitter, Invariances, Measure, Settings, SitePair, constant
 from probes.similarity.cka import KERNEL_INVARIANCES, of_hsic
 from probes.similarity.gram import gram_sums, linear_kernel
+from steerkit.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class MinibatchCKA(Measure):
 
     batch_size: int = 256
     """About how many rows a batch has: what an update brings is cut into equal parts. At least 4."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 4:
+            raise InputError(f"batch_size is {self.batch_size}: the unbiased HSIC needs at least four rows.")
 
     def fitter(self, **settings: Any) -> Fitter:
         return _Fitter(self, Settings(**settings))
@@ -66,7 +71,8 @@ class _Fitter(Fitter):
         return len(self._seen)
 
     def _estimates(self) -> dict[SitePair, Estimate]:
-        assert self._hsic is not None
+        if self._hsic is None:
+            raise InputError("No batch had four rows: give larger updates.")
         sites_a, sites_b = (
             list(dict.fromkeys(a for a, _ in self.pairs)),
             list(dict.fromkeys(b for _, b in self.pairs)),

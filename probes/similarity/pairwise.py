@@ -52,7 +52,7 @@ MEASURES: dict[str, type[Measure]] = {
 
 _ROWS_AT_ONCE = 8192
 _MOMENT_BYTES = 2**32
-"""Moments are not taken where their sums would need more memory than this."""
+"""Where moments need more memory than this, up to ten times the work is done to avoid them."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _shuffled(n: int, groups: Int[Tensor, " n"] | None, generator: torch.Generat
 
 
 def _route(rows: _Rows, settings: Settings) -> Literal["moments", "gram"]:
-    """The cheaper way to the linear CKA; moments only while they fit into memory."""
+    """The cheaper way to the linear CKA."""
     pairs = settings.chosen(list(rows.a), list(rows.b))
     a, b = (
         {site: side[site].shape[1] for site in sites} for side, sites in zip((rows.a, rows.b), zip(*pairs))
@@ -228,7 +228,8 @@ def _route(rows: _Rows, settings: Settings) -> Literal["moments", "gram"]:
     products = sum(a[one] * b[other] for one, other in pairs) + sum(d * d for d in (*a.values(), *b.values()))
     kept = (settings.blocks if settings.interval else 1) * products * settings.dtype.itemsize
     widths = sum(a.values()) + sum(b.values())
-    return "gram" if len(rows) * widths < products or kept > _MOMENT_BYTES else "moments"
+    work = len(rows) * widths / products
+    return "gram" if work < 1 or (kept > _MOMENT_BYTES and work < 10) else "moments"
 
 
 def _same_tokens(a: Activations, b: Activations) -> None:

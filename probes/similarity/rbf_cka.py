@@ -41,6 +41,10 @@ class RBFCKA(Measure):
     seed: int = 0
     """Of the draw."""
 
+    def __post_init__(self) -> None:
+        if not self.fraction > 0:
+            raise InputError(f"fraction is {self.fraction}: a bandwidth lies above 0.")
+
     def fitter(self, **settings: Any) -> Fitter:
         kernel = partial(rbf_kernel, fraction=self.fraction)
         return GramFitter(
