@@ -68,6 +68,8 @@ def load(
         from steerkit import storyworld
 
         place = str(storyworld.model_path())
+    if (Path(place) / "run.yaml").is_file() and (Path(place) / "adapter").is_dir():
+        place = str(Path(place) / "adapter")  # a run of `steerkit adapt train`
     if (Path(place) / "adapter_config.json").is_file() and not (Path(place) / "config.json").is_file():
         return _load_adapter(name, Path(place), tokenizer, device, dtype, device_map)
     _check_place(name, place)

@@ -48,6 +48,9 @@ class BenchConfig:
     budgets: tuple[int, ...] = ()
     """Trained parameters; by default as many as LoRA of rank 8 has."""
     seeds: int = 3
+    """Runs that are reported; the one that chooses the learning rate is not among them."""
+    seed: int = 0
+    """The search's; those reported follow it."""
     epochs: float = 1.0
     batch_size: int = 16
     grid: int = 3
@@ -180,7 +183,7 @@ class _Bencher:
         """The row of one method at one budget."""
         lr, tried = self._search(label, method, bar)
         found = []
-        for seed in range(1, self.config.seeds + 1):
+        for seed in range(self.config.seed + 1, self.config.seed + self.config.seeds + 1):
             found.append(self._run(label, method, lr, seed, final=True))
             bar.advance(1)
         scores = {name: [run["scores"][name] for run in found] for name in found[0]["scores"]}
@@ -208,7 +211,7 @@ class _Bencher:
             "size_mb": found[0]["size_mb"],
             "merge_error": found[0]["merge_error"],
             "seeds": self.config.seeds,
-            "diverged": [seed + 1 for seed, run in enumerate(found) if run["failed"]],
+            "diverged": [run["seed"] for run in found if run["failed"]],
         }
 
     def _search(self, label: str, method: AdapterMethod, bar: Any) -> tuple[float, list[list[float]]]:
@@ -217,7 +220,7 @@ class _Bencher:
 
         def try_at(exponent: int) -> None:
             rate = method.lr * _GRID_STEP**exponent
-            losses[exponent] = self._run(label, method, rate, 0, final=False)["validation"]
+            losses[exponent] = self._run(label, method, rate, self.config.seed, final=False)["validation"]
             bar.advance(1)
 
         first = -((self.config.grid - 1) // 2)

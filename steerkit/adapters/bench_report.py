@@ -40,7 +40,8 @@ def write_report(result: BenchResult, path: str | Path) -> Path:
     parts += [
         "<h2>Table</h2>",
         f"<p>“Against {BASELINE}” is the difference of scores at the same budget, seed by seed, with its 95 % interval. “Merge "
-        "error” is the greatest change of the final states when the adapter is put into the weights, as a share of the greatest state.</p>",
+        "error” is the greatest change of the final states when the adapter is put into the weights, as a share of the greatest "
+        "state.</p>",
         _table(result),
         "<h2>Learning rates</h2>",
         "<p>Validation loss of one seed, which is not among those reported, at every rate that was tried; the circle is the one "

@@ -54,6 +54,37 @@ class Task:
         }
 
 
+def make_task(
+    model: HookedModel,
+    data: str | Path,
+    *,
+    ood: str | Path | None = None,
+    unrelated: str | Path | None = None,
+    label_column: str = "label",
+    groups: str | None = None,
+    n_train: int = 2000,
+    n_test: int = 300,
+    seed: int = 0,
+) -> Task:
+    """What a command line names: `storyworld` (its liars), `storyworld:sad` and so on, or a file (`file_task`)."""
+    story, _, variant = str(data).partition(":")
+    if story == "storyworld":
+        if ood is not None or unrelated is not None or groups is not None:
+            raise InputError("StoryWorld brings its own sets: leave out ood, unrelated and groups.")
+        return storyworld_task(model, variant or "liars", n_train=n_train, n_test=n_test, seed=seed)
+    return file_task(
+        model,
+        data,
+        ood=ood,
+        unrelated=unrelated,
+        label_column=label_column,
+        groups=groups,
+        n_train=n_train,
+        n_test=n_test,
+        seed=seed,
+    )
+
+
 # -- StoryWorld ------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import typer
 
-from steerkit.cli import cache, convert, dashboard, demo, doctor, evaluate, inspect, steer, sweep, train
+from steerkit.cli import (
+    adapt,
+    cache,
+    convert,
+    dashboard,
+    demo,
+    doctor,
+    evaluate,
+    inspect,
+    steer,
+    sweep,
+    train,
+)
 from steerkit.cli.common import command
 
 app = typer.Typer(
@@ -21,12 +33,16 @@ sweep_app = typer.Typer(
 )
 eval_app = typer.Typer(help="Evaluate on held-out text.", no_args_is_help=True, rich_markup_mode=None)
 convert_app = typer.Typer(help="Convert between file formats.", no_args_is_help=True, rich_markup_mode=None)
+adapt_app = typer.Typer(
+    help="Fine-tune with adapters, and compare them.", no_args_is_help=True, rich_markup_mode=None
+)
 steer_app = typer.Typer(help="Make and use steering vectors.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(train_app, name="train")
 app.add_typer(sweep_app, name="sweep")
 app.add_typer(eval_app, name="eval")
 app.add_typer(convert_app, name="convert")
 app.add_typer(steer_app, name="steer")
+app.add_typer(adapt_app, name="adapt")
 
 app.command("doctor")(command(doctor.doctor))
 app.command("demo")(command(demo.demo))
@@ -43,6 +59,11 @@ steer_app.command("sweep")(command(steer.sweep_vectors))
 steer_app.command("inspect")(command(steer.inspect))
 steer_app.command("convert")(command(steer.convert))
 steer_app.command("merge")(command(steer.merge_vector))
+adapt_app.command("train")(command(adapt.train_adapter))
+adapt_app.command("bench")(command(adapt.bench_adapters))
+adapt_app.command("merge")(command(adapt.merge_adapter))
+adapt_app.command("inspect")(command(adapt.inspect_adapter))
+adapt_app.command("methods")(command(adapt.list_methods))
 
 
 def main() -> None:
