@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -74,6 +75,18 @@ class AdapterMethod:
     def prepare(self, model: nn.Module) -> None:
         """Called once, when a fresh adapter is in the model: for starts that are neither random nor of the base's weights."""
 
+    def hold(self, model: nn.Module, slots: Sequence[Slot]) -> int:
+        """Called when the adapter, fresh or loaded, is in the model: lets no gradient reach what has to stay as it starts inside
+        of trained tensors; how many numbers that are."""
+        return 0
+
+    def portable(self, folder: Path, first: Mapping[str, Tensor]) -> None:
+        """Make what peft saved, for the base that it changed, fit the base as it was. `first` is the adapter as it started."""
+
+    def unpacked(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What `portable` was made from."""
+        return state
+
     def groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]] | None:
         """Parameter groups for the optimiser where they differ (LoRA+); None for the usual ones."""
         return None
@@ -83,7 +96,10 @@ class AdapterMethod:
         return None
 
     def after_step(self, model: nn.Module, step: int, n_steps: int) -> None:
-        """Called after each step of the optimiser."""
+        """Called after each step of the optimiser, counted from 0."""
+
+    def finish(self, model: nn.Module) -> None:
+        """Called once after training."""
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain data."""

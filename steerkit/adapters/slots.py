@@ -10,8 +10,11 @@ Groups: `all`, `attention` (q, k, v, o), `ffn` (gate, up, down).
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
 
 from steerkit.errors import InputError
 from steerkit.models import HookedModel
@@ -44,6 +47,11 @@ class Slot:
     d_in: int
     rows: tuple[tuple[int, int], ...] = ()
     """(first, end) of the output rows that are meant, where it is not all of them."""
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows are meant."""
+        return sum(end - first for first, end in self.rows) or self.d_out
 
 
 def find_slots(model: HookedModel) -> list[Slot]:
@@ -87,6 +95,18 @@ def choose(
             )
         chosen = {path: slot for path, slot in chosen.items() if slot.layer in keep}
     return [_whole(chosen[slot.path]) for slot in slots if slot.path in chosen]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a norm with a gain of its own."""
+    weight = getattr(module, "weight", None)
+    return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1
+
+
+def layer_of(path: str) -> int:
+    """The first number in a module's path, which is its block's; -1 without one."""
+    found = re.search(r"\.(\d+)\.", path)
+    return int(found[1]) if found else -1
 
 
 def _matching(model: HookedModel, slots: Sequence[Slot], name: str) -> list[Slot]:

@@ -38,7 +38,7 @@ def train(
     penalised = method.regulariser(tuned.model) is not None
     if not tuned.trainable():
         raise InputError(f"{method.name} has nothing to train here: look at modules and layers.")
-    return finetune(
+    outcome = finetune(
         tuned,
         objective,
         config,
@@ -49,3 +49,5 @@ def train(
         regulariser=regulariser if penalised else None,
         after_step=lambda model, step, n_steps: method.after_step(model.model, step, n_steps),
     )
+    method.finish(tuned.model)
+    return outcome

@@ -8,13 +8,12 @@ too where no layers are asked for.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from steerkit.adapters.base import AdapterMethod, register
-from steerkit.adapters.slots import Slot, choose
+from steerkit.adapters.slots import Slot, choose, is_norm, layer_of
 from steerkit.errors import InputError
 from steerkit.models import HookedModel
 
@@ -45,8 +44,7 @@ class LNTuning(AdapterMethod):
         found = [
             Slot(path, layer, "norm", sum(p.numel() for p in norm.parameters()), 0)
             for path, norm in model.model.named_modules()
-            if "norm" in type(norm).__name__.lower() and (weight := getattr(norm, "weight", None)) is not None
-            if weight.dim() == 1 and ((layer := _layer(path)) in kept or (layer < 0 and layers is None))
+            if is_norm(norm) and ((layer := layer_of(path)) in kept or (layer < 0 and layers is None))
         ]
         if not found:
             raise InputError(f"{model.name} has no norms with gains there: ln_tuning has nothing to train.")
@@ -59,9 +57,3 @@ class LNTuning(AdapterMethod):
 
     def count_at(self, slot: Slot) -> int:
         return slot.d_out
-
-
-def _layer(path: str) -> int:
-    """The number in a module's path, -1 without one."""
-    found = re.search(r"\.(\d+)\.", path)
-    return int(found[1]) if found else -1
