@@ -22,6 +22,7 @@ from steerkit.adapters.inside import (
     spectrum,
     summarise,
 )
+from steerkit.errors import InputError
 from steerkit.plots import page
 
 Changes = Mapping[str, Change]
@@ -75,32 +76,31 @@ def spectra(changes: Changes) -> Any:
 
 def energy_heatmap(changes: Changes, k: int = 10, side: str = "both") -> Any:
     """Layers by kinds of module: how many times as much of dW is in W's k top directions (`left`, `right` or `both`) as of a random
-    change, since that differs with the shape; the share itself when pointed at."""
+    change, since that differs with the shape; the share itself when pointed at. Raises InputError for two stacks of layers.
+    """
     from plotly import graph_objects as go
 
     shares = {
         layer_and_kind(path): getattr(base_energy(change, min(k, *change.base.shape)).top, side)
         for path, change in changes.items()
     }
+    if len(shares) < len(changes):
+        raise InputError("Two modules have the same layer and kind: draw an encoder and a decoder apart.")
     layers = sorted({layer for layer, _ in shares}, key=lambda layer: (layer is None, layer))
     kinds = list(dict.fromkeys(kind for _, kind in shares))
     cells = [[shares.get((layer, kind)) for layer in layers] for kind in kinds]
+    times = [[None if cell is None else _finite(cell.value / cell.null) for cell in row] for row in cells]
     figure = go.Figure(
         go.Heatmap(
-            z=[[None if cell is None else _finite(cell.value / cell.null) for cell in row] for row in cells],
+            z=times,
             x=["–" if layer is None else str(layer) for layer in layers],
             y=[html.escape(kind) for kind in kinds],
             customdata=[["" if cell is None else repr(cell) for cell in row] for row in cells],
-            text=[
-                [
-                    "" if cell is None or math.isnan(cell.value) else f"{cell.value / cell.null:.2g}"
-                    for cell in row
-                ]
-                for row in cells
-            ],
+            text=[["" if value is None else f"{value:.2g}" for value in row] for row in times],
             texttemplate="%{text}",
             colorscale="Cividis",
             zmin=0,
+            zmax=max((value for row in times for value in row if value is not None), default=1),
             hovertemplate="layer %{x}, %{y}: %{z:.3g} times random<br>share %{customdata}<extra></extra>",
         )
     )
@@ -150,7 +150,7 @@ def report(
         parts += [
             f"<h2>{html.escape(name)}</h2><p>Spectra of dW, beside the largest singular value.</p>",
             spectra(members),
-            f"<p>Energy of dW in W's {k} top singular directions of outputs and inputs, beside that of a random change.</p>",
+            f"<p>How many times as much of dW as of a random change is in W's {k} top singular directions of both sides.</p>",
             energy_heatmap(members, k),
             "<p>DoRA's view: change of the neurons' norms against change of their directions.</p>",
             magnitude_direction_figure(members),

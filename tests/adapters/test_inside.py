@@ -32,7 +32,7 @@ from steerkit.adapters.inside import (
     spectrum,
     summarise,
 )
-from steerkit.adapters.inside_figures import report
+from steerkit.adapters.inside_figures import energy_heatmap, report
 from steerkit.adapters.inside_pairs import similarity, subspace_overlap, truncated_svd_match
 from steerkit.adapters.inside_subspace import VECTOR, Projection, RandomSubspace, d90
 from steerkit.errors import InputError, NumericsError
@@ -378,6 +378,21 @@ def test_rows_and_page_hold_every_module_also_one_without_a_change(tmp_path):
     assert all(f"<td>{row['path'].replace('<up>', '&lt;up&gt;')}</td>" in text for row in rows)
 
 
+def test_the_heat_map_says_times_the_null_and_takes_one_stack_of_layers():
+    changes = {
+        "layers.1.q": Change(normal(16, 8), normal(16, 8, seed=1)),
+        "layers.0.k": Change(normal(6, 8), normal(6, 8, seed=2)),
+    }
+    drawn = energy_heatmap(changes, k=2).data[0]
+    share = base_energy(changes["layers.1.q"], 2).top.both
+    assert (list(drawn.x), list(drawn.y)) == (["0", "1"], ["q", "k"])
+    assert drawn.z[0][0] is None
+    assert drawn.z[0][1] == pytest.approx(share.value / (2 * 2 / (16 * 8)))
+    changes |= {"decoder.layers.1.q": changes["layers.1.q"]}
+    with pytest.raises(InputError, match="same layer and kind"):
+        energy_heatmap(changes)
+
+
 # Two changes
 
 
@@ -507,9 +522,9 @@ def test_training_in_a_subspace_lowers_the_loss_and_leaves_the_model_as_it_was()
     model.parts["mid"].bias.requires_grad_(False)
     parameters = dict(model.named_parameters())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    first = float(loss_of(model))
+    first = loss_of(model).item()
     with RandomSubspace(model, d=40) as subspace:
-        assert float(loss_of(model)) == first
+        assert loss_of(model).item() == first
         optimizer = torch.optim.Adam([subspace.vector], lr=0.1)
         for _ in range(15):
             optimizer.zero_grad()
@@ -584,7 +599,12 @@ def test_a_language_model_trains_in_a_subspace():
             loss = model.model(ids, labels=ids).loss
             (gradient,) = torch.autograd.grad(loss, subspace.vector)
             subspace.vector.data -= 0.3 * gradient / gradient.norm()
-            losses.append(float(loss))
+            losses.append(loss.item())
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.model(ids, labels=ids).loss.backward()
+        model.model.gradient_checkpointing_disable()
+        (plain,) = torch.autograd.grad(model.model(ids, labels=ids).loss, subspace.vector)
+        torch.testing.assert_close(subspace.vector.grad, plain)
     assert losses[-1] < losses[0]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
 
