@@ -172,11 +172,11 @@ class _Bencher:
             if not METHODS[name].size or METHODS[name].size in settings:
                 yield text, make(name, **settings), None
                 continue
-            seen = set()
+            seen: list[AdapterMethod] = []
             for budget in budgets:
                 method = fit_size(self.model, name, settings, budget, self.where)
                 if method not in seen:
-                    seen.add(method)
+                    seen.append(method)
                     yield text, method, budget
 
     def cell(self, label: str, method: AdapterMethod, budget: int | None, bar: Any) -> dict[str, Any]:

@@ -123,8 +123,6 @@ def train_adapter(
         emit(read_json(out / "summary.json"), as_json=json)
         return
     hooked = load_model(chosen.model, chosen.device, chosen.dtype)
-    task = _task(hooked, chosen)
-    before = _scores(task, hooked)
     tuned = adapters.get(
         hooked,
         chosen.method,
@@ -133,6 +131,9 @@ def train_adapter(
         seed=chosen.training.seed,
         **chosen.settings,
     )
+    task = _task(hooked, chosen)
+    with tuned.disabled():
+        before = _scores(task, tuned)
     say(f"{chosen.method}: {tuned.n_trainable:,} of {_total(tuned):,} parameters are trained", quiet=quiet)
     outcome = train(tuned, task.objective, chosen.training, out=out, resume=resume, quiet=quiet)
     after = _scores(task, tuned)
