@@ -29,7 +29,7 @@ from peft.utils import peft_types, register_peft_method
 from torch import Tensor, nn
 
 from steerkit.errors import InputError
-from steerkit.sites import is_projection, is_transposed, weight_of
+from steerkit.sites import first_tensor, is_projection, is_transposed, weight_of
 
 TYPE = "STEERKIT"
 Base = Callable[..., Any]
@@ -45,8 +45,8 @@ class Target:
     """The base's own module."""
     model: nn.Module
     """The base model."""
-    shared: dict[str, nn.Parameter]
-    """Parameters that the edits of one adapter have in common (`Edit.tie`)."""
+    shared: dict[str, Any]
+    """What the edits of one adapter have in common: parameters (`Edit.tie`), and what one hands on to another."""
     seed: int
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What `EditMethod.facts` says of this module."""
@@ -115,6 +115,17 @@ class Edit(nn.Module):
     def forward(self, x: Tensor, base: Base) -> Any:
         """The module's new output: `base(x)` is the old one."""
         raise NotImplementedError
+
+    def around(self, module: Base, *args: Any, **options: Any) -> Any:
+        """The module's whole call: `forward`, unless an edit needs to see or to change other arguments than the first tensor."""
+        place, x = first_tensor(args, options)
+
+        def base(x: Tensor) -> Any:
+            if isinstance(place, str):
+                return module(*args, **{**options, place: x})
+            return module(*args[:place], x, *args[place + 1 :], **options)  # type: ignore[operator]
+
+        return self(x, base)
 
     def delta(self, weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         """What is added to the weight by merging. Raises InputError where the edit is no change of it."""
@@ -198,15 +209,14 @@ class EditLayer(nn.Module, BaseTunerLayer):
             self.steerkit_edits[adapter_name].to(device=device or own.device, dtype=dtype)
             return
 
-    def forward(self, x: Any, *args: Any, **options: Any) -> Any:
+    def forward(self, *args: Any, **options: Any) -> Any:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self.disable_adapters or self.merged:
-            return self.base_layer(x, *args, **options)
-        base: Base = self.base_layer if not (args or options) else _with(self.base_layer, args, options)
-        for edit in self._active():
-            base = partial(edit, base=base)
-        return base(x)
+        run: Base = self.base_layer
+        if not (self.disable_adapters or self.merged):
+            for edit in self._active():
+                run = partial(edit.around, run)
+        return run(*args, **options)
 
     def _active(self) -> list[Edit]:
         return [self.steerkit_edits[name] for name in self.active_adapters if name in self.steerkit_edits]  # type: ignore[misc]
@@ -259,10 +269,6 @@ class EditLayer(nn.Module, BaseTunerLayer):
         return "steerkit." + super().__repr__()
 
 
-def _with(module: nn.Module, args: Sequence[Any], options: Mapping[str, Any]) -> Base:
-    return lambda x: module(x, *args, **options)
-
-
 class EditModel(BaseTuner):
     """peft's side of it."""
 
@@ -270,6 +276,17 @@ class EditModel(BaseTuner):
     tuner_layer_cls = EditLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
     uses_shared_state = True
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """peft's own wants a weight of every module; edits are on their device already."""
+        setattr(parent, child_name, new_module)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """The key in the file: peft itself expects parameters right under the adapter's name, not in modules of an edit."""
+        return key.replace(f".steerkit_edits.{adapter_name}.", ".steerkit_edits.", 1)
 
     def _create_and_replace(
         self,
@@ -282,7 +299,7 @@ class EditModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if not hasattr(self, "_shared"):
-            self._shared: dict[str, dict[str, nn.Parameter]] = {}
+            self._shared: dict[str, dict[str, Any]] = {}
         layer = target if isinstance(target, EditLayer) else EditLayer(target)
         path = current_key.replace(".base_layer", "")
         place = Target(

@@ -2,6 +2,7 @@ import pytest
 import torch
 import transformers
 
+from steerkit import adapters
 from steerkit.loading import quiet
 from steerkit.models import HookedModel
 
@@ -42,3 +43,18 @@ def model_folder(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(model_folder):
     return HookedModel.from_pretrained(model_folder)
+
+
+@pytest.fixture(scope="session")
+def houlsbys(model_folder, tmp_path_factory):
+    """Directories of two houlsby adapters of the tiny model that do something."""
+    model, folders = HookedModel.from_pretrained(model_folder), []
+    for seed in (1, 2):
+        tuned = adapters.get(model, "houlsby", rank=4, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in tuned.trainable().values():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        folders.append(str(tuned.save(tmp_path_factory.mktemp("houlsby") / str(seed))))
+        tuned.remove()
+    return tuple(folders)
