@@ -105,7 +105,7 @@ def main() -> None:
         )
         config = SweepConfig(
             methods=tuple(arguments.methods), n_pairs=192, samples=1 if arguments.quick else 3, seed=arguments.seed,
-            kl_targets=(1.0, 4.0, 12.0), kl_budget=12.0,
+            kl_targets=(1.0, 4.0, 12.0), kl_budget=12.0, shuffled=("mean_diff",), study=None,
         )  # fmt: skip
         out = arguments.out / name
         result = sweep(
@@ -139,9 +139,13 @@ def main() -> None:
             if "reason" in record:
                 print(f"| {method} | {record['reason']} | | | | |")
                 continue
-            shared = "shuffled" in method
-            path = out / "vectors" / vector_file(method, record["site"])
-            measured = None if shared else bench.measure(SteeringVector.load(path), record["strength"])
+            if "shuffled" in method:
+                measured = None
+            elif "prefix" in record:
+                measured = bench.measure_prompted(record["prefix"])
+            else:
+                path = out / "vectors" / vector_file(method, record["site"])
+                measured = bench.measure(SteeringVector.load(path), record["strength"])
             record["words"] = None if measured is None else measured.effect.estimate
             shown = "–" if measured is None else f"{measured.effect.estimate:.0%}"
             figures = f"{record['kl']:.1f} | {record['perplexity_ratio']:.2f} | {record['repetition']:.1%}"

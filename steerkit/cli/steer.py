@@ -26,13 +26,21 @@ from steerkit.cli.common import (
 )
 from steerkit.cli.settings import build, merge
 from steerkit.errors import InputError
+from steerkit.runs import write_json
 from steerkit.steering import METHODS, SteeringVector, export, fit, load_any, load_pairs
 from steerkit.steering import merge as merge_weights
 from steerkit.steering.fitting import get
 from steerkit.steering.formats import FORMATS, ConversionWarning, format_of
-from steerkit.steering.sweep import WHERES, SweepConfig, default_sites
+from steerkit.steering.sweep import (
+    WHERES,
+    SweepConfig,
+    SweepResult,
+    across_seeds,
+    default_sites,
+    without_training,
+)
 from steerkit.steering.sweep import sweep as run_sweep
-from steerkit.steering.sweep_report import write_report
+from steerkit.steering.sweep_report import write_report, write_seeds_report
 from steerkit.steering.tasks import make_task
 
 
@@ -165,7 +173,16 @@ def sweep_vectors(
         int | None,
         typer.Option("--n-prompts", help="Prompts: a third to choose by, the rest to report. [180]"),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few prompts, pairs and sites: minutes.")] = False,
+    sae: Annotated[
+        Path | None, typer.Option("--sae", help="A trained autoencoder's run: FGAA is among the methods.")
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option("--seeds", help="Sweeps with seeds of their own, told as mean and spread.")
+    ] = 1,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Few prompts, pairs and sites, no null of trained methods: minutes."),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an unfinished sweep; start if there is none.")
     ] = False,
@@ -178,16 +195,26 @@ def sweep_vectors(
     quiet: Quiet = False,
 ) -> None:
     """Compare steering methods at equal divergence from the unsteered model, and write one report."""
-    flags = {
+    flags: dict[str, Any] = {
         "methods": items(methods),
         "sites": items(sites),
         "strengths": None if strengths is None else [_number(s) for s in items(strengths) or ()],
         "kl_targets": None if kl_targets is None else [_number(s) for s in items(kl_targets) or ()],
         "seed": seed,
+        "settings.fgaa.sae": None if sae is None else str(sae),
     }
+    if seeds < 1:
+        raise InputError(f"--seeds is {seeds}; it is at least 1.")
     values = merge(config, set_ or [], flags)
     if quick:
-        values = {"n_pairs": 192, "samples": 1, "max_new_tokens": 32, **values}
+        few = {
+            "n_pairs": 192,
+            "samples": 1,
+            "max_new_tokens": 32,
+            "shuffled": without_training(),
+            "study": None,
+        }
+        values = {**few, **values}
     settings = build(SweepConfig, values)
     hooked = load_model(model or "storyworld", device, dtype)
     if quick and not settings.sites:
@@ -195,35 +222,62 @@ def sweep_vectors(
         settings = replace(
             settings, sites=(f"blocks.{(hooked.n_layers - 1) // 2}.hook_resid_post", everywhere)
         )
-    task = make_task(
-        hooked,
-        pairs,
-        effect=effect,
-        prompts=prompts,
-        n_prompts=n_prompts or (90 if quick else 180),
-        seed=settings.seed,
-    )
-    result = run_sweep(
-        hooked,
-        task.pairs,
-        task.effect,
-        task.validation,
-        task.test,
-        out,
-        settings,
-        prompting=prompting or task.instruction,
-        resume=resume,
-        quiet=quiet,
-    )
-    write_report(result, out / "report.html")
+    results = {}
+    for number in range(settings.seed, settings.seed + seeds):
+        place = out if seeds == 1 else out / f"seed-{number}"
+        task = make_task(
+            hooked,
+            pairs,
+            effect=effect,
+            prompts=prompts,
+            n_prompts=n_prompts or (90 if quick else 180),
+            seed=number,
+        )
+        results[number] = run_sweep(
+            hooked,
+            task.pairs,
+            task.effect,
+            task.validation,
+            task.test,
+            place,
+            replace(settings, seed=number),
+            prompting=prompting or task.instruction,
+            resume=resume,
+            quiet=quiet,
+        )
+        write_report(results[number], place / "report.html")
+    if seeds == 1:
+        summary = results[settings.seed].to_dict()
+        _tell_sweep(results[settings.seed], quiet)
+    else:
+        summary = _tell_seeds(results, out, quiet)
+    say(f"{out / 'report.html'}", quiet=quiet)
+    emit(summary, as_json=json)
+
+
+def _tell_sweep(result: SweepResult, quiet: bool) -> None:
     for name, record in sorted(result.best.items(), key=lambda item: -(item[1].get("effect") or -1.0)):
         told = record.get("reason") or (
             f"{record['effect']:.3f} ({record['effect_base']:.3f} unsteered) at strength {record['strength']:.3g}, "
             f"{record['kl']:.3g} nats"
         )
         say(f"{name:<28}{told}", quiet=quiet)
-    say(f"{out / 'report.html'}", quiet=quiet)
-    emit(result.to_dict(), as_json=json)
+
+
+def _tell_seeds(results: dict[int, SweepResult], out: Path, quiet: bool) -> dict[str, Any]:
+    """Write the page and the summary of several seeds."""
+    write_seeds_report(results, out / "report.html")
+    best = across_seeds(list(results.values()))
+    listed = [{"seed": seed, **record} for seed, result in results.items() for record in result.results]
+    summary = {"seeds": list(results), "best": best, "results": listed}
+    write_json(out / "summary.json", summary)
+    for name, record in sorted(best.items(), key=lambda item: -(item[1]["effect"] or -1.0)):
+        told = "no strength within the budgets"
+        if record["effect"] is not None:
+            sd = "" if record["effect_sd"] is None else f" ± {record['effect_sd']:.3f}"
+            told = f"{record['effect']:.3f}{sd} at {record['kl']:.3g} nats, in {record['seeds']} of {len(results)} seeds"
+        say(f"{name:<28}{told}", quiet=quiet)
+    return summary
 
 
 def _number(text: str) -> float:

@@ -7,16 +7,19 @@ For every method the strengths are sought at which KL(steered ‖ base), in nats
 the site that does best at the middle of them, all on the validation prompts. There, too, the best strength within the KL budget
 and the loss of grammar that is allowed is chosen. All figures that are reported are of the test prompts.
 
-Beside the methods stand their nulls – a random direction, and methods fitted on pairs with their sides shuffled – and prompting.
+Beside the methods stand their nulls – a random direction, and each method fitted on pairs with their sides shuffled, at the same
+site and divergence – and prompting, by an instruction and by examples. A study tells what more sites, other positions and
+schedules buy at equal divergence. `across_seeds` puts several sweeps together.
 Every measurement is a line of metrics.jsonl; a sweep that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,15 @@ from steerkit.steering.effects import Effect
 from steerkit.steering.evaluation import Bench, Measurement
 from steerkit.steering.fitting import get
 from steerkit.steering.methods import METHODS, Method
+from steerkit.steering.methods.learning import Trained
 from steerkit.steering.pairs import Pairs
+from steerkit.steering.prompting import few_shot
 from steerkit.steering.vector import SteeringVector
-from steerkit.steering.where import Where
+from steerkit.steering.where import Constant, Decay, Schedule, Where, Window
 
 SHUFFLED = ", sides shuffled"
 PROMPTING = "prompting"
+FEW_SHOT = "few-shot"
 OWN = "its own"
 """The site of methods that choose where they act."""
 SAMPLES_SHOWN = 4
@@ -51,8 +57,12 @@ class SweepConfig:
     """Names of methods; empty: all that fit the model."""
     sites: tuple[str, ...] = ()
     """Sites, each tried by itself; several joined by `+` are one. Empty: after every second block, and after all of them."""
-    shuffled: tuple[str, ...] = ("mean_diff",)
-    """Methods that are also fitted on pairs with shuffled sides."""
+    shuffled: tuple[str, ...] | None = None
+    """Methods of the sweep that are also fitted on pairs with shuffled sides; None: all that learn from the sides."""
+    few_shot: int = 4
+    """Positive sides put before the prompt, as a baseline, at most: as many as fit; 0: none."""
+    study: str | None = "mean_diff"
+    """The method, if it is in the sweep, with which sites, positions and schedules are compared; None: none."""
     kl_targets: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
     """Divergences at which methods are compared, nats a sequence; rising."""
     strengths: tuple[float, ...] = ()
@@ -78,8 +88,12 @@ class SweepConfig:
             raise InputError(f"kl_targets is {self.kl_targets}; they are positive and rise.")
         if self.where not in WHERES:
             raise InputError(f"where is {self.where!r}; it is one of {', '.join(WHERES)}.")
-        for name in (*self.methods, *self.shuffled, *self.settings):
+        for name in (*self.methods, *(self.shuffled or ()), *self.settings):
             get(name)
+        if self.study is not None:
+            get(self.study)
+        if self.few_shot < 0:
+            raise InputError(f"few_shot is {self.few_shot}; it is a number of examples.")
 
 
 WHERES = {
@@ -101,6 +115,8 @@ class SweepResult:
     """The measurements that were chosen by: all sites and strengths that were tried."""
     base: dict[str, Any]
     """The unsteered model on test."""
+    study: list[dict[str, Any]]
+    """On test, at about the middle target: one method's {site, positions, schedule, …}."""
     config: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,15 +158,18 @@ def sweep(
     }
     run = Run.open(out, "steer sweep", settings, resume=resume, provenance=make_provenance(model=model.name))
     work = _Sweep(model, pairs, effect, validation, test, config, run)
-    methods = [(name, pairs) for name in config.methods or _fitting(model, config)]
-    methods += [(name + SHUFFLED, pairs.shuffled_sides(config.seed)) for name in config.shuffled]
+    methods = config.methods or _fitting(model, config)
     with progress(len(methods) + bool(prompting), "sweep", "methods", quiet=quiet) as bar:
-        for name, own in methods:
-            work.run_method(name, own)
+        for name in methods:
+            work.run_method(name, pairs)
+            work.run_null(name, pairs)
             bar.advance(1, method=name)
         if prompting:
-            work.run_prompting(prompting)
+            work.run_prompting(PROMPTING, prompting)
             bar.advance(1, method=PROMPTING)
+    work.run_few_shot(pairs)
+    if config.study is not None and config.study in methods:
+        work.run_study(config.study, pairs)
     result = work.result()
     run.finish(result.to_dict())
     return result
@@ -164,6 +183,11 @@ def _fitting(model: HookedModel, config: SweepConfig) -> list[str]:
         if (model.has_lm_head or not kind.needs_lm_head)
         and set(kind.needs) <= set(config.settings.get(name, {}))
     ]
+
+
+def without_training() -> tuple[str, ...]:
+    """Names of the methods that train nothing: their nulls are cheap."""
+    return tuple(name for name, kind in METHODS.items() if not issubclass(kind, Trained))
 
 
 def default_sites(model: HookedModel) -> tuple[str, ...]:
@@ -200,13 +224,16 @@ class _Sweep:
         self.records: dict[tuple[Any, ...], dict[str, Any]] = {}
         for record in run.metrics():
             self.records[_key(record)] = record
+        self.used: dict[tuple[Any, ...], dict[str, Any]] = {}
+        """What has been asked for so far: a sweep that goes on takes the same way again."""
         self.best: dict[str, dict[str, Any]] = {}
+        self.study: dict[str, dict[str, Any]] = {}
 
     # one method
 
     def run_method(self, name: str, pairs: Pairs) -> None:
         """Everything of one method; its error, if it fails, is what is reported of it."""
-        kind = get(name.removesuffix(SHUFFLED))
+        kind = get(name)
         sites = self.config.sites or default_sites(self.model)
         try:
             candidates = {
@@ -231,16 +258,63 @@ class _Sweep:
         strength = max(allowed, key=_merit)["strength"]
         self.best[name] = self._measured("test", name, site, vector, strength)
 
-    def run_prompting(self, prefix: str) -> None:
-        """Prompting, which has no strength."""
-        key = ("test", PROMPTING, "", 1.0)
+    def run_null(self, name: str, pairs: Pairs) -> None:
+        """The method fitted on pairs with shuffled sides: at its site, and the divergence of its best strength."""
+        chosen, wanted, kind = self.best[name], self.config.shuffled, get(name)
+        if "site" not in chosen or not kind.of_sides or (wanted is not None and name not in wanted):
+            return
+        null, site = name + SHUFFLED, chosen["site"]
+        try:
+            vector = self._vector(null, kind, pairs.shuffled_sides(self.config.seed), site)
+        except SteerkitError as error:
+            self.best[null] = {"method": null, "site": site, "reason": str(error)}
+            return
+        target = chosen.get("kl") or middle(self.config.kl_targets)
+        strength = self._calibrated(null, site, vector, target)["strength"]
+        self.best[null] = self._measured("test", null, site, vector, strength)
+
+    def run_prompting(self, name: str, prefix: str) -> None:
+        """A text before the prompt, which has no strength."""
+        key = ("test", name, "", 1.0)
         if key not in self.records:
             found = self.benches["test"].measure_prompted(prefix)
             self._keep(key, found, prefix=prefix)
-        self.best[PROMPTING] = self.records[key]
+        self.best[name] = self.records[key]
+
+    def run_few_shot(self, pairs: Pairs) -> None:
+        """Examples before the prompt."""
+        if not self.config.few_shot:
+            return
+        prompts, tokens = self.benches["test"].prompts, self.config.max_new_tokens
+        try:
+            self.run_prompting(FEW_SHOT, few_shot(self.model, pairs, prompts, tokens, self.config.few_shot))
+        except InputError as error:
+            self.best[FEW_SHOT] = {"method": FEW_SHOT, "reason": str(error)}
+
+    def run_study(self, method: str, pairs: Pairs) -> None:
+        """What sites, positions and schedules make of one method, each at the middle target."""
+        posts = [f"blocks.{i}.hook_resid_post" for i in range(self.model.n_layers)]
+        kind = get(method)
+        for site in dict.fromkeys((posts[(len(posts) - 1) // 2], "+".join(posts))):
+            try:
+                vector = self._vector(method, kind, pairs, site)
+            except SteerkitError:
+                return  # said where the method itself is told
+            for positions, schedule, where in _ways(self.config.max_new_tokens):
+                name = f"{method}: {positions}, {schedule}"
+                placed = replace(vector, where=where)
+                strength = self._calibrated(name, site, placed, middle(self.config.kl_targets))["strength"]
+                found = self._measured("test", name, site, placed, strength)
+                told = {"method": method, "positions": positions, "schedule": schedule}
+                self.study[f"{name} at {site}"] = {**found, **told}
 
     def _vector(self, name: str, kind: type[Method], pairs: Pairs, site: str) -> SteeringVector:
-        """The fitted vector, from its file if it was fitted before."""
+        """The fitted vector, from its file if it was fitted before, with the sweep's `where` unless it has its own."""
+        vector = self._fitted(name, kind, pairs, site)
+        own = vector.where != Where()
+        return vector if own else replace(vector, where=WHERES[self.config.where])
+
+    def _fitted(self, name: str, kind: type[Method], pairs: Pairs, site: str) -> SteeringVector:
         path = self.run.path / "vectors" / vector_file(name, site)
         if path.exists():
             try:
@@ -248,7 +322,8 @@ class _Sweep:
             except (CheckpointError, InputError):
                 path.unlink()
         started = time.monotonic()
-        method = kind(**self.config.settings.get(kind.name, {}))
+        seeded = {"seed": self.config.seed} if "seed" in {f.name for f in fields(kind)} else {}
+        method = kind(**{**seeded, **self.config.settings.get(kind.name, {})})
         vector = method.fit(self.model, pairs, [] if site == OWN else site.split("+"))
         self.run.log({"part": "fit", "method": name, "site": site, "seconds": time.monotonic() - started})
         vector.save(path)
@@ -267,8 +342,8 @@ class _Sweep:
         """
         known = [
             record
-            for record in self.records.values()
-            if record.get("part") == "validation" and record["method"] == name and record["site"] == site
+            for record in self.used.values()
+            if record["part"] == "validation" and record["method"] == name and record["site"] == site
         ]
         if not known:
             known.append(self._measured("validation", name, site, vector, 1.0))
@@ -286,10 +361,8 @@ class _Sweep:
     ) -> dict[str, Any]:
         key = (part, name, site, strength)
         if key not in self.records:
-            own = vector.where != Where()
-            where = None if own else WHERES[self.config.where]
-            found = self.benches[part].measure(vector, strength, where)
-            self._keep(key, found)
+            self._keep(key, self.benches[part].measure(vector, strength))
+        self.used[key] = self.records[key]
         return self.records[key]
 
     def _keep(self, key: tuple[Any, ...], found: Measurement, **more: Any) -> None:
@@ -328,11 +401,48 @@ class _Sweep:
         base = self.benches["test"].base
         parts: dict[str, list[dict[str, Any]]] = {"validation": [], "test": []}
         for record in self.records.values():
-            if record.get("part") in parts:
-                parts[record["part"]].append({k: v for k, v in record.items() if k != "part"})
-        best = {name: {k: v for k, v in record.items() if k != "part"} for name, record in self.best.items()}
+            if record.get("part") in parts and record["method"] in self.best:
+                parts[record["part"]].append(_without_part(record))
+        best = {name: _without_part(record) for name, record in self.best.items()}
+        study = [_without_part(record) for record in self.study.values()]
         shown = {**base.to_dict(), "texts": self._shown(base)}
-        return SweepResult(parts["test"], best, parts["validation"], shown, self.run.config)
+        return SweepResult(parts["test"], best, parts["validation"], shown, study, self.run.config)
+
+
+def _without_part(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "part"}
+
+
+def _ways(max_new_tokens: int) -> Iterator[tuple[str, str, Where]]:
+    """(positions, schedule, both) of the study; schedules are of generated tokens."""
+    yield "prompt", "constant", Where.prompt_only()
+    quarter, half = max(1, max_new_tokens // 4), max(1, max_new_tokens // 2)
+    schedules: dict[str, Schedule] = {
+        "constant": Constant(),
+        f"halving every {quarter} tokens": Decay(quarter),
+        f"until token {half}": Window(0, half + 1),
+    }
+    for positions, where in (("generation", Where.generation_only()), ("both", Where())):
+        for name, schedule in schedules.items():
+            yield positions, name, replace(where, schedule=schedule)
+
+
+SPREAD = ("effect", "effect_base", "change", "kl", "cost", "grammaticality", "perplexity_ratio")
+"""Figures that are told over seeds."""
+
+
+def across_seeds(results: Sequence[SweepResult]) -> dict[str, dict[str, Any]]:
+    """Method -> {figure: mean, figure_sd: its standard deviation (n - 1)} of the best entries, and how many seeds have one."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(name for result in results for name in result.best):
+        best = [result.best[name] for result in results if "effect" in result.best.get(name, {})]
+        told: dict[str, Any] = {"method": name, "seeds": len(best)}
+        for figure in SPREAD:
+            values = [record[figure] for record in best if record[figure] is not None]
+            told[figure] = statistics.fmean(values) if values else None
+            told[f"{figure}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+        found[name] = told
+    return found
 
 
 def middle(targets: Sequence[float]) -> float:

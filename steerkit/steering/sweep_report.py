@@ -13,13 +13,14 @@ import numpy as np
 
 from steerkit.plots import page
 from steerkit.steering.evaluation import binary_kl
-from steerkit.steering.sweep import OWN, SweepResult, middle
+from steerkit.steering.sweep import FEW_SHOT, OWN, PROMPTING, SHUFFLED, SweepResult, across_seeds, middle
 
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "hexagon", "cross", "triangle-down")
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _GREY = "rgb(128, 128, 128)"
 _NULLS = ("random", "sides shuffled")
 _QUIET = "color: var(--quiet)"
+_WITHOUT_STRENGTH = (PROMPTING, FEW_SHOT)
 Record = Mapping[str, Any]
 
 
@@ -51,7 +52,7 @@ def write_report(result: SweepResult, path: str | Path) -> Path:
             if result.base["grammaticality"] is not None
             else ""
         )
-        + ". All figures are of test prompts.</p>",
+        + f". All figures are of test prompts. {_nulls_told(result)}</p>",
         _table(result, effect),
         "<h2>Dose and response</h2>",
         "<p>All strengths that were tried at each method's best site, on validation prompts.</p>",
@@ -64,6 +65,14 @@ def write_report(result: SweepResult, path: str | Path) -> Path:
             "<h2>Sites</h2>",
             f"<p>Effect on validation at the strength nearest to {target:g} nats a sequence.</p>",
             sites,
+        ]
+    if result.study:
+        method = html.escape(result.study[0]["method"])
+        parts += [
+            "<h2>More sites, other positions, schedules</h2>",
+            f"<p>What they buy <code>{method}</code> on test prompts, each at about {target:g} nats a sequence (strengths found on "
+            "validation). Point at a cell for its divergence and grammar.</p>",
+            _study(result, effect),
         ]
     if any(record.get("side_effects") for record in result.best.values()):
         parts += [
@@ -88,11 +97,30 @@ def _introduction(result: SweepResult, effect: _Effect) -> str:
     )
 
 
+def _nulls_told(result: SweepResult) -> str:
+    """Which methods have a null of shuffled sides, and which have not."""
+    methods = [
+        name for name, r in result.best.items() if not name.endswith(SHUFFLED) and "site" in r and r["site"]
+    ]
+    without = [name for name in methods if name + SHUFFLED not in result.best and name != "random"]
+    told = (
+        "“Sides shuffled” is the same method fitted on pairs whose sides are in random order, at the same site and about the same "
+        "divergence."
+    )
+    if without:
+        named = ", ".join(f"<code>{html.escape(name)}</code>" for name in without)
+        told += (
+            f" Not run here for {named} (<code>--quick</code> leaves it out for methods that are trained)."
+        )
+    return told
+
+
 def _lines(result: SweepResult) -> dict[str, list[Record]]:
     """Method -> its test records at the targets, by divergence."""
     found: dict[str, list[Record]] = {}
     for record in result.results:
-        if record["kl"] is not None and record["effect"] is not None:
+        told = record["kl"] is not None and record["effect"] is not None
+        if told and not record["method"].endswith(SHUFFLED):
             found.setdefault(record["method"], []).append(record)
     return {
         name: sorted(records, key=lambda record: record["kl"])
@@ -130,6 +158,20 @@ def _front(result: SweepResult, effect: _Effect) -> Any:
             ],
             hovertemplate=f"{html.escape(name)}, %{{text}}<br>%{{x:.3g}} nats: %{{y:.3f}}<extra></extra>",
             **_style(i, name),
+        )
+    nulls = [
+        record for name, record in result.best.items() if name.endswith(SHUFFLED) and "reason" not in record
+    ]
+    if nulls := [record for record in nulls if None not in (record["kl"], record["effect"])]:
+        figure.add_scatter(
+            x=[record["kl"] for record in nulls],
+            y=[record["effect"] for record in nulls],
+            error_y=_bars(nulls),
+            mode="markers",
+            name="sides shuffled",
+            text=[html.escape(record["method"]) for record in nulls],
+            hovertemplate="%{text}<br>%{x:.3g} nats: %{y:.3f}<extra></extra>",
+            marker={"size": 6, "symbol": "circle-open", "color": _GREY},
         )
     base, everything = result.base["effect"], [r["kl"] for records in lines.values() for r in records]
     if effect.binary and base is not None and everything and 0 < base < 1:
@@ -186,13 +228,14 @@ _COLUMNS = (
 def _table(result: SweepResult, effect: _Effect) -> str:
     columns = [c for c in _COLUMNS if any(record.get(c[0]) is not None for record in result.best.values())]
     head = "".join(f'<th class="number">{label}</th>' for _, label, _ in columns)
-    order = sorted(result.best.values(), key=lambda r: (-(r.get("effect") or -1.0), r["method"]))
+    shown = [record for name, record in result.best.items() if not name.endswith(SHUFFLED)]
+    order = sorted(shown, key=lambda r: (-(r.get("effect") or -1.0), r["method"]))
     rows = [_row("unsteered", "", None, result.base, columns, effect, quiet=True)]
     for record in order:
         if "reason" in record:
             rows.append(
                 f"<tr><td>{html.escape(record['method'])}</td><td>{_short(record.get('site', ''))}</td>"
-                f'<td colspan="{len(columns) + 2}" style="{_QUIET}">{html.escape(record["reason"])}</td></tr>'
+                f'<td colspan="{len(columns) + 3}" style="{_QUIET}">{html.escape(record["reason"])}</td></tr>'
             )
             continue
         rows.append(
@@ -203,12 +246,14 @@ def _table(result: SweepResult, effect: _Effect) -> str:
                 record,
                 columns,
                 effect,
+                null=result.best.get(record["method"] + SHUFFLED),
                 quiet=_is_null(record["method"]),
             )
         )
     return (
         '<div style="overflow-x: auto"><table><tr><th>method</th><th>site</th><th class="number">strength</th>'
-        f'<th class="number">{html.escape(effect.name)}</th>{head}</tr>{"".join(rows)}</table></div>'
+        f'<th class="number">{html.escape(effect.name)}</th><th class="number">sides shuffled</th>{head}</tr>'
+        f"{''.join(rows)}</table></div>"
     )
 
 
@@ -220,20 +265,29 @@ def _row(
     columns: Sequence[tuple[str, str, str]],
     effect: _Effect,
     *,
+    null: Record | None = None,
     quiet: bool,
 ) -> str:
     cells = "".join(
         f'<td class="number">{"–" if record.get(key) is None else digits.format(record[key])}</td>'
         for key, _, digits in columns
     )
-    between = f'<br><small style="{_QUIET}; font-size: 11px; white-space: nowrap">{_interval(record["effect_ci"], effect)}</small>'
     style = f' style="{_QUIET}"' if quiet else ""
-    shown = "–" if strength is None or name == "prompting" else f"{strength:.3g}"
+    shown = "–" if strength is None or name in _WITHOUT_STRENGTH else f"{strength:.3g}"
     return (
         f"<tr{style}><td>{html.escape(name)}</td><td>{_short(site)}</td>"
         f'<td class="number">{shown}</td>'
-        f'<td class="number">{_percent(record["effect"], effect)}{between}</td>{cells}</tr>'
+        f"{_rate(record, effect)}{_rate(null, effect)}{cells}</tr>"
     )
+
+
+def _rate(record: Record | None, effect: _Effect) -> str:
+    """A cell with an effect and its interval."""
+    if record is None or "reason" in record:
+        return '<td class="number">–</td>'
+    between = _interval(record["effect_ci"], effect)
+    small = f'<br><small style="{_QUIET}; font-size: 11px; white-space: nowrap">{between}</small>'
+    return f'<td class="number">{_percent(record["effect"], effect)}{small}</td>'
 
 
 def _short(site: str) -> str:
@@ -300,7 +354,7 @@ def _sites(result: SweepResult) -> Any:
     target = middle(result.config["kl_targets"])
     nearest: dict[tuple[str, str], Record] = {}
     for record in result.validation:
-        if record["kl"] is None or record["site"] == OWN:
+        if record["kl"] is None or record["site"] == OWN or record["method"].endswith(SHUFFLED):
             continue
         key = record["method"], record["site"]
         if key not in nearest or _off(record, target) < _off(nearest[key], target):
@@ -328,6 +382,43 @@ def _sites(result: SweepResult) -> Any:
     return figure
 
 
+def _study(result: SweepResult, effect: _Effect) -> Any:
+    """Positions and schedules by sites."""
+    from plotly import graph_objects as go
+
+    cells = {(f"{r['positions']}, {r['schedule']}", r["site"]): r for r in result.study}
+    ways = list(dict.fromkeys(way for way, _ in cells))[::-1]
+    sites = list(dict.fromkeys(site for _, site in cells))
+    grid = [[cells[way, site] for site in sites] for way in ways]
+    hover = [
+        [
+            f"{record['kl']:.3g} nats"
+            + ("" if record["grammaticality"] is None else f", {record['grammaticality']:.1%} grammatical")
+            if record["kl"] is not None
+            else record["destroyed"]
+            for record in row
+        ]
+        for row in grid
+    ]
+    figure = go.Figure(
+        go.Heatmap(
+            z=[[record["effect"] for record in row] for row in grid],
+            x=[site if "+" not in site else f"{site.count('+') + 1} sites" for site in sites],
+            y=ways,
+            text=[
+                [f"{_percent(r['effect'], effect)} {_interval(r['effect_ci'], effect)}" for r in row]
+                for row in grid
+            ],
+            customdata=hover,
+            texttemplate="%{text}",
+            colorscale="Cividis",
+            hovertemplate="%{y} at %{x}: %{z:.3f}<br>%{customdata}<extra></extra>",
+        )
+    )
+    figure.update_layout(height=140 + 26 * len(ways), margin={"l": 240})
+    return figure
+
+
 def _off(record: Record, target: float) -> float:
     return abs(math.log(max(record["kl"], 1e-9) / target))
 
@@ -335,7 +426,11 @@ def _off(record: Record, target: float) -> float:
 def _side_effects(result: SweepResult) -> Any:
     from plotly import graph_objects as go
 
-    rows = [(name, r["side_effects"]) for name, r in result.best.items() if r.get("side_effects")]
+    rows = [
+        (name, r["side_effects"])
+        for name, r in result.best.items()
+        if r.get("side_effects") and not name.endswith(SHUFFLED)
+    ]
     names = list(dict.fromkeys(name for _, found in rows for name in found))
     values = [
         [
@@ -367,7 +462,7 @@ def _texts(result: SweepResult) -> str:
         blocks = [
             _sample_list(
                 f"strength {record['strength']:.3g}, {record['kl']:.3g} nats"
-                if name != "prompting"
+                if name not in _WITHOUT_STRENGTH
                 else f"{record['kl']:.3g} nats",
                 record["texts"],
             )
@@ -383,3 +478,57 @@ def _sample_list(title: str, texts: Sequence[Sequence[str]]) -> str:
         for prompt, text in texts
     )
     return f"<p><b>{html.escape(title)}</b></p><ul>{rows}</ul>"
+
+
+_SPREAD = (
+    ("effect", "effect", "{:.1%}"),
+    ("null", "sides shuffled", "{:.1%}"),
+    ("kl", "KL, nats a sequence", "{:.3g}"),
+    ("grammaticality", "grammatical", "{:.1%}"),
+    ("perplexity_ratio", "perplexity, times base", "{:.2f}"),
+)
+
+
+def write_seeds_report(results: Mapping[int, SweepResult], path: str | Path) -> Path:
+    """Write the page of several seeds' sweeps, whose own pages are in `seed-<n>` beside it: means and standard deviations."""
+    first = next(iter(results.values()))
+    effect = _Effect(first.config["effect"], first.config["binary"])
+    found = across_seeds(list(results.values()))
+    for name, record in found.items():
+        null = found.get(name + SHUFFLED, {})
+        record |= {"null": null.get("effect"), "null_sd": null.get("effect_sd")}
+    order = sorted(
+        (record for name, record in found.items() if not name.endswith(SHUFFLED)),
+        key=lambda record: -(record["effect"] if record["effect"] is not None else -1.0),
+    )
+    columns = [c for c in _SPREAD if any(record[c[0]] is not None for record in order)]
+    if not effect.binary:
+        columns = [
+            (key, label, "{:.3g}" if key in ("effect", "null") else digits) for key, label, digits in columns
+        ]
+    head = "".join(f'<th class="number">{label}</th>' for _, label, _ in columns)
+    rows = "".join(
+        f"<tr><td>{html.escape(record['method'])}</td>"
+        + "".join(
+            f'<td class="number">{_mean_and_sd(record, key, digits)}</td>' for key, _, digits in columns
+        )
+        + f'<td class="number">{record["seeds"]} of {len(results)}</td></tr>'
+        for record in order
+    )
+    links = ", ".join(f'<a href="seed-{seed}/report.html">{seed}</a>' for seed in results)
+    bases = [result.base["effect"] for result in results.values() if result.base["effect"] is not None]
+    told = f" {_percent(sum(bases) / len(bases), effect)} without steering." if bases else ""
+    parts = [
+        f"<p>Effect <b>{html.escape(effect.name)}</b>:{told} Mean ± standard deviation over {len(results)} seeds, each with "
+        "training, prompts and draws of its own, of the strength chosen on validation and told on test; the last column says in "
+        f"how many a strength was within the budgets. Pages of the seeds: {links}.</p>",
+        f'<div style="overflow-x: auto"><table><tr><th>method</th>{head}<th class="number">seeds</th></tr>{rows}</table></div>',
+    ]
+    return page(f"Steering: {effect.name}, {len(results)} seeds", parts, path)
+
+
+def _mean_and_sd(record: Record, key: str, digits: str) -> str:
+    if record[key] is None:
+        return "–"
+    sd = record.get(f"{key}_sd")
+    return digits.format(record[key]) + ("" if sd is None else f" ± {digits.format(sd)}")

@@ -152,9 +152,9 @@ def test_bad_conversions_and_merges_are_one_clear_line(file, tmp_path):
 def test_sweep_writes_a_report_and_resumes(tmp_path):
     command = ["steer", "sweep", "--methods", "mean_diff,random", "--sites", SITE, "--kl-targets", "1"]
     command += ["--n-prompts", "12", "--set", "n_pairs=16", "--set", "samples=1", "--set", "max_new_tokens=8"]
-    command += ["--set", "shuffled=[]", "--out", tmp_path / "s", "--json"]
+    command += ["--set", "shuffled=[]", "--set", "study=null", "--out", tmp_path / "s", "--json"]
     found, _ = steerkit(*command)
-    assert {"mean_diff", "random", "prompting"} == set(found["best"])
+    assert {"mean_diff", "random", "prompting", "few-shot"} == set(found["best"])
     assert {"method", "site", "strength", "effect", "effect_base", "kl", "n"} <= found["results"][0].keys()
     assert (tmp_path / "s" / "report.html").is_file()
     assert steerkit(*command, "--resume")[0]["best"] == found["best"]
@@ -162,3 +162,26 @@ def test_sweep_writes_a_report_and_resumes(tmp_path):
     assert "mean_diff" in refused("steer", "sweep", "--methods", "mean", "--out", tmp_path / "t")
     assert "mood" in refused("steer", "sweep", "--pairs", "storyworld:moud=happy", "--out", tmp_path / "t")
     assert "words:" in refused("steer", "sweep", "--effect", "joy", "--out", tmp_path / "t")
+
+
+def test_sweep_over_seeds_tells_mean_and_spread(tmp_path):
+    command = [
+        "steer",
+        "sweep",
+        "--methods",
+        "mean_diff",
+        "--sites",
+        SITE,
+        "--kl-targets",
+        "1",
+        "--seeds",
+        "2",
+    ]
+    command += ["--n-prompts", "8", "--set", "n_pairs=16", "--set", "samples=1", "--set", "max_new_tokens=8"]
+    command += ["--set", "shuffled=[]", "--set", "study=null", "--set", "few_shot=0"]
+    found, _ = steerkit(*command, "--out", tmp_path / "s", "--json")
+    assert found["seeds"] == [0, 1]
+    assert found["best"]["mean_diff"]["seeds"] == 2
+    assert {record["seed"] for record in found["results"]} == {0, 1}
+    assert all((tmp_path / "s" / name / "report.html").is_file() for name in (".", "seed-0", "seed-1"))
+    assert "--seeds is 0" in refused(*command, "--seeds", "0", "--out", tmp_path / "t")

@@ -114,6 +114,21 @@ def test_the_preference_loss_is_its_equation(storyworld, pairs):
     assert float(found) == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
 
 
+def test_the_likelihood_is_that_of_the_sides_that_the_signs_ask_for(storyworld, pairs):
+    examples = with_references(storyworld, encode_pairs(storyworld, pairs[:3]))
+    signs = torch.tensor([1.0, -1.0, 1.0])
+    vector = steering.SteeringVector.add({SITE: torch.full((storyworld.d_model,), 0.1)})
+    with torch.inference_mode():
+        plain, both = (
+            preference(storyworld, lambda: vector, examples, beta=0.3, signs=signs, likelihood=weight)
+            for weight in (0.0, 2.0)
+        )
+        sides = [e.positive if sign > 0 else e.negative for e, sign in zip(examples, signs)]
+        found = steered_log_probs(storyworld, vector, sides, signs)
+    lengths = torch.tensor([len(side) - side.start for side in sides])
+    torch.testing.assert_close(both - plain, -2 * (found / lengths).mean(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_reft_parts_are_their_equations(kind):
     generator = torch.Generator().manual_seed(0)

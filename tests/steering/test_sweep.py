@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,10 @@ from steerkit import HookedModel, steering
 from steerkit.errors import InputError
 from steerkit.steering import sweep as module
 from steerkit.steering.effects import StoryAttribute, Words
-from steerkit.steering.sweep import SHUFFLED, SweepConfig, default_sites, sweep
-from steerkit.steering.sweep_report import write_report
+from steerkit.steering.sweep import SHUFFLED, SweepConfig, across_seeds, default_sites, sweep
+from steerkit.steering.sweep_report import write_report, write_seeds_report
 from steerkit.steering.tasks import make_task, telling_words
+from steerkit.storyworld import Judge
 
 SITE = "blocks.2.hook_resid_post"
 
@@ -28,6 +30,8 @@ def task(model):
     return make_task(model, "storyworld:mood=happy", n_prompts=24)
 
 
+ALONE = {"shuffled": (), "few_shot": 0, "study": None}
+
 SMALL = SweepConfig(
     methods=("mean_diff", "random"),
     sites=(SITE, "blocks.0.hook_resid_post"),
@@ -35,6 +39,7 @@ SMALL = SweepConfig(
     n_pairs=48,
     samples=1,
     max_new_tokens=16,
+    study=None,
 )
 
 
@@ -56,11 +61,11 @@ def test_a_task_of_storyworld(task, model):
 
 def test_every_method_is_told_on_test_at_about_the_divergences_asked(done):
     _, result = done
-    assert set(result.best) == {"mean_diff", "random", "mean_diff" + SHUFFLED, "prompting"}
+    assert set(result.best) == {"mean_diff", "random", "mean_diff" + SHUFFLED, "prompting", "few-shot"}
     chosen_by = {(r["method"], r["site"], r["strength"]) for r in result.validation}
     for record in result.results:
         assert record["n_prompts"] == 16
-        if record["method"] != "prompting":
+        if record["method"] not in ("prompting", "few-shot"):
             assert (record["method"], record["site"], record["strength"]) in chosen_by
     reached = [r["kl"] for r in result.validation if r["method"] == "mean_diff"]
     for target in SMALL.kl_targets:
@@ -75,6 +80,46 @@ def test_the_best_is_the_best_of_validation_within_the_budgets(done):
     own = next(r for r in same if r["strength"] == best["strength"])
     assert own["kl"] <= SMALL.kl_budget * 1.3
     assert best["effect_base"] == result.base["effect"]
+
+
+def test_a_null_is_of_its_method_at_its_site_and_divergence(done):
+    _, result = done
+    best, null = result.best["mean_diff"], result.best["mean_diff" + SHUFFLED]
+    assert null["site"] == best["site"]
+    tried = [r for r in result.validation if r["method"] == "mean_diff" + SHUFFLED]
+    assert min(abs(math.log(r["kl"] / best["kl"])) for r in tried if r["kl"]) < 0.7
+    assert [r["strength"] for r in result.results if r["method"] == null["method"]] == [null["strength"]]
+
+
+def test_examples_are_positive_sides_without_instructions_that_fit(model, task):
+    from steerkit.steering.prompting import few_shot
+
+    prefix = few_shot(model, task.pairs, task.test, 16, 2)
+    found = Judge().judge(prefix)
+    assert found.grammatical == 1.0
+    assert not {s.kind for s in found.sentences} & {"instruction", "persona"}
+    assert sum(s.kind == "introduction" for s in found.sentences) in (1, 2)
+    assert found.share("mood", "happy") == 1.0
+    longest = max(len(model.tokenizer(prefix + prompt)["input_ids"]) for prompt in task.test)
+    assert longest + 16 <= model.context
+    assert few_shot(
+        model, steering.load_pairs([("Anna is happy.", "x"), ("Tom is glad.", "y")]), ["A"], 4, 9
+    ) == ("Anna is happy. Tom is glad. ")
+    with pytest.raises(InputError, match="No positive side"):
+        few_shot(model, task.pairs[:8], task.test, 250)
+
+
+def test_seeds_are_told_as_mean_and_spread(done, tmp_path):
+    _, result = done
+    other = replace(result, best={"mean_diff": {**result.best["mean_diff"], "effect": 0.0}})
+    found = across_seeds([result, other])
+    effect = result.best["mean_diff"]["effect"]
+    assert found["mean_diff"]["effect"] == pytest.approx(effect / 2)
+    assert found["mean_diff"]["effect_sd"] == pytest.approx(effect / math.sqrt(2))
+    assert (found["mean_diff"]["seeds"], found["random"]["seeds"]) == (2, 1)
+    assert found["random"]["effect_sd"] is None
+    page = write_seeds_report({0: result, 1: other}, tmp_path / "report.html").read_text()
+    assert f"{effect / 2:.1%} ± {effect / math.sqrt(2):.1%}" in page
 
 
 def test_files_resume_and_page(done, model, task, monkeypatch):
@@ -92,7 +137,7 @@ def test_files_resume_and_page(done, model, task, monkeypatch):
         "perplexity_ratio",
         "n",
     } <= summary["results"][0].keys()
-    assert len(list((out / "vectors").glob("*.safetensors"))) == 6
+    assert len(list((out / "vectors").glob("*.safetensors"))) == 5  # two methods at two sites, one null
     (out / "summary.json").unlink()
     monkeypatch.setattr(module.Bench, "measure", None)  # nothing is measured again
     again = sweep(
@@ -119,7 +164,7 @@ def test_fixed_strengths_and_a_method_that_fails(model, task, tmp_path, monkeypa
     config = SweepConfig(
         methods=("mean_diff", "iti"),
         sites=(SITE,),
-        shuffled=(),
+        **ALONE,
         strengths=(2.0, 8.0),
         n_pairs=16,
         samples=1,
@@ -136,7 +181,7 @@ def test_a_vector_that_destroys_the_model_is_reported_as_such(model, task, tmp_p
     config = SweepConfig(
         methods=("mean_diff",),
         sites=(SITE,),
-        shuffled=(),
+        **ALONE,
         strengths=(1e30,),
         n_pairs=8,
         samples=1,
@@ -160,7 +205,7 @@ def test_a_base_model_that_finishes_no_sentence_has_no_grammar_to_lose(model, ta
     config = SweepConfig(
         methods=("mean_diff",),
         sites=(SITE,),
-        shuffled=(),
+        **ALONE,
         strengths=(1.0,),
         n_pairs=8,
         samples=1,

@@ -26,7 +26,9 @@ class Method:
     needs: ClassVar[tuple[str, ...]] = ()
     """Settings that have no default."""
     of_sites: ClassVar[bool] = True
-    """Whether it acts at the sites it is given, rather than on weights."""
+    """Whether it acts at the sites it is given, rather than on weights or at a site of its own."""
+    of_sides: ClassVar[bool] = True
+    """Whether it learns from which side of a pair is which, so that pairs with shuffled sides are a null."""
 
     def fit(self, model: HookedModel, pairs: Pairs, sites: Sequence[str]) -> SteeringVector:
         """The vector, with provenance."""

@@ -65,6 +65,7 @@ class FGAA(Method):
     """What of the model's own to use instead of the plain decoder."""
     name: ClassVar[str] = "fgaa"
     needs: ClassVar[tuple[str, ...]] = ("sae",)
+    of_sites: ClassVar[bool] = False
 
     def fit(self, model: HookedModel, pairs: Pairs, sites: Sequence[str] = ()) -> SteeringVector:
         sae, site = self._sae(model, sites)

@@ -75,11 +75,13 @@ def preference(
     signs: Tensor | None = None,
     below: Below | None = None,
     weigh: DRRho | None = None,
+    likelihood: float = 0.0,
 ) -> Tensor:
     """-log σ(β s Δ), mean over pairs; Δ = log π(y+)/π(y-) - log π_ref(y+)/π_ref(y-), `signs` s of ±1 for each pair or all +1.
 
-    `weigh` weighs the pairs by their excess over a reference's loss, from their `margin`. The examples carry π_ref.
-    Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, bidirectional as in Cao et al. 2024.
+    `weigh` weighs the pairs by their excess over a reference's loss, from their `margin`; `likelihood` times the cross-entropy of
+    the sides that s asks for, in nats a token, is added. The examples carry π_ref. Rafailov et al. 2023, https://arxiv.org/abs/2305.18290,
+    bidirectional as in Cao et al. 2024.
     """
     examples = sides_of(batch)
     strength = torch.ones(len(batch)) if signs is None else signs
@@ -89,10 +91,15 @@ def preference(
     reference = torch.tensor([_gap(e) for e in batch]).to(found)
     margin = beta * strength.to(found) * (positive - negative - reference)
     losses = -torch.nn.functional.logsigmoid(margin)
+    fluent = 0.0 * losses
+    if likelihood:
+        lengths = torch.tensor([len(e) - e.start for e in examples]).to(found)
+        own, other = (-found / lengths).chunk(2)
+        fluent = likelihood * torch.where(strength.to(found) > 0, own, other)
     if weigh is None:
-        return losses.mean()
+        return (losses + fluent).mean()
     reached = -torch.nn.functional.logsigmoid(beta * torch.tensor([e.margin for e in batch]).to(losses))
-    return (weigh.of_excess(losses, reached) * losses).mean()
+    return (weigh.of_excess(losses, reached) * losses + fluent).mean()
 
 
 def steered_log_probs(

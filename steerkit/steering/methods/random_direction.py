@@ -24,6 +24,7 @@ class RandomDirection(Direction):
 
     seed: int = 0
     name: ClassVar[str] = "random"
+    of_sides: ClassVar[bool] = False
 
     def fitter(self, width: int) -> Fitter:
         return _Fitter(width, self.seed)
