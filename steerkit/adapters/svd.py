@@ -23,8 +23,8 @@ def cache_folder() -> Path:
 
 @torch.no_grad()
 def svd(
-    weight: Float[Tensor, "d_out d_in"],
-) -> tuple[Float[Tensor, "d_out k"], Float[Tensor, " k"], Float[Tensor, "k d_in"]]:
+    weight: Float[Tensor, "*n d_out d_in"],
+) -> tuple[Float[Tensor, "*n d_out k"], Float[Tensor, "*n k"], Float[Tensor, "*n k d_in"]]:
     """(U, S, Vh), k the smaller side, singular values falling. The greatest entry of each column of U is positive, so that the same
     weight gives the same signs everywhere."""
     if weight.numel() < KEEP_FROM:
@@ -51,5 +51,5 @@ def svd(
 
 def _svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    signs = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()[0]
-    return U * signs, S, Vh * signs[:, None]
+    signs = U.gather(-2, U.abs().argmax(-2, keepdim=True)).sign()
+    return U * signs, S, Vh * signs.mT
