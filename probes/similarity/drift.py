@@ -12,7 +12,7 @@ Björck & Golub 1973 for principal angles. What Procrustes or CKA add to `centre
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -119,7 +119,7 @@ class DriftFitter(Stream):
             tuple(cosines.clamp(max=1).acos().rad2deg().tolist()),
         )
 
-    def _sums(self, site: str, without: int | None = None) -> tuple[PairSums, PairSums, PairSums]:
+    def _sums(self, site: str, without: Sequence[int] = ()) -> tuple[PairSums, PairSums, PairSums]:
         """Of the base with itself, the tuned with itself, and both."""
         assert self._moments is not None
         x, y = ("a", site), ("b", site)
@@ -129,7 +129,7 @@ class DriftFitter(Stream):
     def _over_blocks(self, site: str, value: Callable[[PairSums, PairSums, PairSums], Tensor]) -> Interval:
         assert self._moments is not None
         blocks = self._moments.blocks
-        left_out = [float(value(*self._sums(site, block))) for block in blocks] if len(blocks) > 1 else []
+        left_out = [float(value(*self._sums(site, [block]))) for block in blocks] if len(blocks) > 1 else []
         return self.interval(float(value(*self._sums(site))), np.array(left_out))
 
     def _over_documents(self, sums: np.ndarray, value: Callable[[np.ndarray], np.ndarray]) -> Interval:

@@ -101,19 +101,19 @@ class _Joint:
         self.y_by_x[block].addmm_(y.T, square_x)
 
     def parts(
-        self, x: Key, y: Key, block: int | None, without: bool
+        self, x: Key, y: Key, blocks: list[int], without: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(cross, squares, x_by_y, y_by_x) of a pair over all blocks, over one, or over all `without` it."""
+        """(cross, squares, x_by_y, y_by_x) of a pair over some blocks, or over all `without` them."""
         sums = (self.cross, self.squares, self.x_by_y, self.y_by_x)
         if self._totals is None:
             self._totals = tuple(kept.sum(0) for kept in sums)
         i, j = list(self.left).index(x), list(self.right).index(y)
 
         def part(kept: Tensor, total: Tensor, rows: Any, columns: Any) -> Tensor:
-            if block is None:
-                return total[rows, columns]
-            own = kept[block, rows, columns]
-            return total[rows, columns] - own if without else own
+            found = total[rows, columns] if without else torch.zeros_like(total[rows, columns])
+            for block in blocks:
+                found = found.add(kept[block, rows, columns], alpha=-1 if without else 1)
+            return found
 
         cross, squares, x_by_y, y_by_x = zip(sums, self._totals)
         return (
@@ -172,16 +172,14 @@ class Moments:
         """Those that have rows."""
         return self.rows.nonzero().flatten().tolist()
 
-    def pair(self, x: Key, y: Key, *, without: int | None = None, only: int | None = None) -> PairSums:
-        """Sums of a pair over all rows, over those not in the block `without`, or over those in `only`."""
-        block = only if without is None else without
+    def pair(self, x: Key, y: Key, *, without: Sequence[int] = (), only: Sequence[int] = ()) -> PairSums:
+        """Sums of a pair over all rows, over those not in the blocks `without`, or over those in `only`."""
 
         def part(kept: Tensor) -> Tensor:
-            if block is None:
-                return kept.sum(0)
-            return kept[block] if without is None else kept.sum(0) - kept[block]
+            return kept[list(only)].sum(0) if only else kept.sum(0) - kept[list(without)].sum(0)
 
-        cross, squares, x_by_y, y_by_x = self._joints[x, y].parts(x, y, block, without is not None)
+        blocks = list(only or without)
+        cross, squares, x_by_y, y_by_x = self._joints[x, y].parts(x, y, blocks, without=not only)
         return PairSums(
             float(part(self.rows)),
             part(self.sums[x]),
@@ -254,8 +252,8 @@ class MomentFitter(Fitter):
 
     def _estimates(self) -> dict[SitePair, Estimate]:
         self.moments.refuse_constants()
-        values, expected, notes = self._of_all(None)
-        left_out = [self._of_all(block)[0] for block in self.moments.blocks] if self._units() > 1 else []
+        values, expected, notes = self._of_all()
+        left_out = [self._of_all([block])[0] for block in self.moments.blocks] if self._units() > 1 else []
         return {
             sites: Estimate(
                 self.interval(value, np.array([found[sites] for found in left_out])),
@@ -266,7 +264,7 @@ class MomentFitter(Fitter):
         }
 
     def _of_all(
-        self, without: int | None
+        self, without: Sequence[int] = ()
     ) -> tuple[dict[SitePair, float], dict[SitePair, float | None], dict[SitePair, str]]:
         """(value, expected null, note) of each pair; the last two only over all rows."""
         own = {
@@ -282,7 +280,7 @@ class MomentFitter(Fitter):
                 values[a, b] = float(self.measure.of_pair(x, y, joint))
             except InputError as error:
                 raise InputError(f"{a} – {b}: {error}") from None
-            if without is None:
+            if not without:
                 expected[a, b] = self.measure.expected_null(x, y, joint)
                 notes[a, b] = self.measure.note(x, y, joint)
         return values, expected, notes

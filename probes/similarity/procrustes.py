@@ -14,11 +14,13 @@ there, so it is the default.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from probes.similarity.base import Estimate, Fitter, Invariances, Settings, SitePair
@@ -36,7 +38,13 @@ class Procrustes(MomentMeasure):
     )
 
     held_out: bool = True
-    """Score the rotation on documents that it was not fitted on: each block of documents by the rotation of the others."""
+    """Score the rotation on documents that it was not fitted on."""
+    folds: int = 5
+    """How many rotations are fitted, each without one fold of the blocks of documents; 2 and more."""
+
+    def __post_init__(self) -> None:
+        if self.folds < 2:
+            raise InputError(f"folds is {self.folds}: holding out needs at least two.")
 
     def fitter(self, **settings: Any) -> Fitter:
         return (_HeldOut if self.held_out else MomentFitter)(self, Settings(**settings))
@@ -55,7 +63,9 @@ class Procrustes(MomentMeasure):
 
 
 class _HeldOut(MomentFitter):
-    """Its interval leaves out blocks as scored, each by its own rotation; rotations are not found again without them."""
+    """Its interval leaves out blocks as they were scored; rotations are not fitted again without them."""
+
+    measure: Procrustes
 
     def __init__(self, measure: Procrustes, settings: Settings) -> None:
         super().__init__(measure, settings)
@@ -63,34 +73,39 @@ class _HeldOut(MomentFitter):
 
     def _estimates(self) -> dict[SitePair, Estimate]:
         self.moments.refuse_constants()
-        if len(self.moments.blocks) < 2:
+        blocks = self.moments.blocks
+        if len(blocks) < 2:
             raise InputError(
                 "A held-out rotation needs at least two documents: number the rows' documents, or take Procrustes(held_out=False)."
             )
+        folds = [blocks[start :: self.measure.folds] for start in range(min(self.measure.folds, len(blocks)))]
         found = {}
         for a, b in self.pairs:
-            sums = np.array([self._scored(a, b, block) for block in self.moments.blocks])
+            sums = np.concatenate([self._scored(a, b, fold) for fold in folds])
             left_out = sums.sum(0) - sums if self.settings.interval else sums[:0]
             found[a, b] = Estimate(self.interval(float(_cosine(sums.sum(0))), _cosine(left_out)))
         return found
 
-    def _scored(self, a: str, b: str, block: int) -> tuple[float, float, float]:
-        """Sums over a block's rows, about the others' mean: (<R'x, y>, |x|², |y|²)."""
+    def _scored(self, a: str, b: str, fold: Sequence[int]) -> Float[np.ndarray, "blocks 3"]:
+        """Sums over each of a fold's blocks, about the mean of the other folds: (<R'x, y>, |x|², |y|²)."""
         keys = ("a", a), ("b", b)
-        others, own = self.moments.pair(*keys, without=block), self.moments.pair(*keys, only=block)
+        others = self.moments.pair(*keys, without=fold)
         mean_x, mean_y = others.sum_x / others.n, others.sum_y / others.n
-        scatter = (
-            own.cross
-            - torch.outer(own.sum_x, mean_y)
-            - torch.outer(mean_x, own.sum_y)
-            + own.n * torch.outer(mean_x, mean_y)
-        )
         left, _, right = torch.linalg.svd(others.scatter, full_matrices=False)
-        return (
-            float((left @ right * scatter).sum()),
-            float(own.squares_x - 2 * own.sum_x @ mean_x + own.n * mean_x @ mean_x),
-            float(own.squares_y - 2 * own.sum_y @ mean_y + own.n * mean_y @ mean_y),
-        )
+        rotation = left @ right
+        sums = []
+        for block in fold:
+            own = self.moments.pair(*keys, only=[block])
+            aligned = (
+                (rotation * own.cross).sum()
+                - own.sum_x @ rotation @ mean_y
+                - mean_x @ rotation @ own.sum_y
+                + own.n * mean_x @ rotation @ mean_y
+            )
+            squares_x = own.squares_x - 2 * own.sum_x @ mean_x + own.n * mean_x @ mean_x
+            squares_y = own.squares_y - 2 * own.sum_y @ mean_y + own.n * mean_y @ mean_y
+            sums.append([float(aligned), float(squares_x), float(squares_y)])
+        return np.array(sums)
 
 
 def _cosine(sums: np.ndarray) -> np.ndarray:

@@ -56,17 +56,16 @@ def rbf_kernel(x: Float[Tensor, "n d"], fraction: float) -> Kernel:
     """The Gaussian kernel of a site's rows. Raises InputError where the bandwidth is so small that no row is near another."""
     x = x - x.mean(0)  # distances are the same, and lose no digits to the mean
     squares = x.square().sum(1)
-    distances = torch.cdist(x, x).square()
-    bandwidth = 2 * fraction**2 * distances.median()
+
+    def distances(start: int, end: int) -> Float[Tensor, "rows n"]:
+        return torch.addmm(squares[start:end, None] + squares, x[start:end], x.T, alpha=-2).clamp_min_(0)
+
+    of_all = distances(0, len(x))
+    bandwidth = 2 * fraction**2 * of_all.median()
     if not bandwidth > 0:
         raise InputError("Half of all rows or more are the same: the Gaussian kernel has no bandwidth.")
-    if distances.fill_diagonal_(torch.inf).min() > -bandwidth * math.log(torch.finfo(x.dtype).eps):
+    if of_all.fill_diagonal_(torch.inf).min() > -bandwidth * math.log(torch.finfo(x.dtype).eps):
         raise InputError(
             f"At {fraction} of the median distance no row is near another: take a larger fraction (0.2 to 2 is usual)."
         )
-
-    def rows(start: int, end: int) -> Float[Tensor, "rows n"]:
-        to_others = squares[start:end, None] + squares - 2 * x[start:end] @ x.T
-        return (-to_others.clamp_min(0) / bandwidth).exp()
-
-    return rows
+    return lambda start, end: distances(start, end).div_(-bandwidth).exp_()
