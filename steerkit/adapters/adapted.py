@@ -24,17 +24,19 @@ from typing import Any, ClassVar
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from steerkit.adapters.base import AdapterMethod, SubsetMethod, make
+from steerkit.adapters.base import AdapterMethod, PromptMethod, SubsetMethod, make
 from steerkit.adapters.inside import Change, effective_delta
+from steerkit.adapters.prompted import PromptedBackend
 from steerkit.adapters.slots import Slot
 from steerkit.adapters.tuner import Edit
-from steerkit.errors import InputError
+from steerkit.errors import InputError, SiteError
 from steerkit.loading import ADAPTER_RECORD, Loaded, adapter_origin, quiet
 from steerkit.models import HookedModel
 from steerkit.runs import atomic_path, read_json, write_json
-from steerkit.sites import is_projection, weight_of
+from steerkit.sites import Site, is_projection, weight_of
 
 
 def get(
@@ -81,6 +83,8 @@ def load(folder: str | Path, model: HookedModel | None = None, *, other_model: b
 
 
 def _kind(method: AdapterMethod) -> type[Adapted]:
+    if isinstance(method, PromptMethod):
+        return PromptAdapted
     return SubsetAdapted if isinstance(method, SubsetMethod) else PeftAdapted
 
 
@@ -89,6 +93,8 @@ class Adapted(HookedModel, ABC):
 
     _present: ClassVar[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
     """Models that have an adapter in them."""
+    _held = 0
+    """Numbers inside of trained tensors that stay as they are."""
 
     def __init__(
         self,
@@ -122,7 +128,7 @@ class Adapted(HookedModel, ABC):
     @property
     def n_trainable(self) -> int:
         """Numbers that are trained."""
-        return sum(p.numel() for p in self.trainable().values())
+        return sum(p.numel() for p in self.trainable().values()) - self._held
 
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
@@ -269,13 +275,12 @@ class PeftAdapted(Adapted):
         self._kept: dict[str, Tensor] = {}
         """What peft changes of the base, as it was."""
         self.peft = self._injected(folder)
-        if self.peft.active_peft_config.is_prompt_learning:
-            self._become(self.peft, name)
-        else:
-            base = self.base
-            HookedModel.__init__(
-                self, Loaded(self.peft, base.tokenizer, name, base.revision, base.has_lm_head)
-            )
+        self._held = self.method.hold(self.peft, self.slots)
+        self._wrap(name)
+
+    def _wrap(self, name: str) -> None:
+        base = self.base
+        HookedModel.__init__(self, Loaded(self.peft, base.tokenizer, name, base.revision, base.has_lm_head))
 
     def _injected(self, folder: Path | None) -> PeftModel:
         if self.method.mutates_base:
@@ -295,13 +300,24 @@ class PeftAdapted(Adapted):
             raise
 
     def _peft_model(self, folder: Path | None) -> PeftModel:
-        if folder is not None:
+        anew = self.method.mutates_base or isinstance(
+            self.method, PromptMethod
+        )  # peft cannot load these to be trained
+        if folder is not None and not anew:
             return PeftModel.from_pretrained(self.base.model, str(folder), is_trainable=True)
         config = self.method.peft_config(self.base, self.slots, self.seed)
         config.base_model_name_or_path = self.base.name
         made = get_peft_model(self.base.model, config)
         self.method.prepare(made)
+        if self.method.mutates_base:
+            self._first = {name: value.clone() for name, value in get_peft_model_state_dict(made).items()}
+        if folder is not None:
+            state = load_peft_weights(str(folder), device="cpu")
+            set_peft_model_state_dict(made, self.method.unpacked(state))
         return made
+
+    def save(self, folder: str | Path) -> Path:
+        return self._write(folder, _Portable(self) if self.method.mutates_base else self.model, record=True)
 
     def _module(self, path: str) -> Any:
         module: Any = self.base.model.get_submodule(path)
@@ -415,6 +431,34 @@ class PeftAdapted(Adapted):
     def _restore(self) -> None:
         self._put(self._kept)
         self._restore_flags()
+
+
+class _Portable:
+    """An adapter that changed its base, saved for the base as it was."""
+
+    def __init__(self, tuned: PeftAdapted) -> None:
+        self.tuned = tuned
+
+    def save_pretrained(self, folder: str) -> None:
+        self.tuned.peft.save_pretrained(folder)
+        self.tuned.method.portable(Path(folder), self.tuned._first)
+
+
+class PromptAdapted(PeftAdapted):
+    """A model with virtual tokens before the text: it gives logits, final states and text. Its sites are refused, since positions
+    are not those of the text."""
+
+    method: PromptMethod
+
+    def _wrap(self, name: str) -> None:
+        self._become(self.peft, name)
+        self._backend = PromptedBackend(self.base._backend, self.peft)
+        self.context = self.base.context - self.method.length
+
+    def site(self, name: str) -> Site:
+        raise SiteError(
+            f"{self.method.name} adds virtual tokens that shift positions: read and steer {self.base.name} without it."
+        )
 
 
 @contextmanager

@@ -146,6 +146,35 @@ class SubsetMethod(AdapterMethod):
         return sum(parameters[name].numel() for name in self.trained(model, slots))
 
 
+@dataclass(frozen=True)
+class PromptMethod(AdapterMethod):
+    """A method that puts something trained before the text, and is in no module."""
+
+    length: int = 16
+    """Virtual tokens."""
+
+    family: ClassVar[str] = "prompt"
+    merge: ClassVar[str] = "it is something read before the text, no change of weights"
+    linear: ClassVar[bool] = False
+    size: ClassVar[str] = "length"
+    modules: ClassVar[str | tuple[str, ...]] = "prompt"
+
+    def targets(
+        self, model: HookedModel, modules: str | Sequence[str] | None, layers: Sequence[int] | None
+    ) -> list[Slot]:
+        if modules not in (None, "prompt") or layers is not None:
+            raise InputError(f"{self.name} goes before the text: leave modules and layers away.")
+        if not (model.is_causal and model.has_lm_head):
+            raise InputError(
+                f"{self.name} is for causal language models with a head, which {model.name} is not."
+            )
+        if not 1 <= self.length < model.context:
+            raise InputError(
+                f"length is {self.length}; {model.name} leaves room for 1 to {model.context - 1}."
+            )
+        return []
+
+
 METHODS: dict[str, type[AdapterMethod]] = {}
 T = TypeVar("T", bound=type[AdapterMethod])
 

@@ -82,7 +82,7 @@ class AdaLoRA(AdapterMethod):
         return self.orthogonality * torch.stack(penalties).mean()
 
     def after_step(self, model: nn.Module, step: int, n_steps: int) -> None:
-        config: Any = model.peft_config["default"]  # type: ignore[index, union-attr]
+        config: Any = model.peft_config["default"]  # type: ignore[index]
         config.total_step = n_steps
         config.tinit, config.tfinal = round(self.begin * n_steps), round(self.end * n_steps)
         with torch.no_grad():

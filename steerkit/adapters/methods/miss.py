@@ -19,7 +19,7 @@ from steerkit.adapters.slots import Slot
 from steerkit.errors import InputError
 from steerkit.models import HookedModel
 
-VARIANTS = {"plain": True, "mini": "mini", "bat": "bat"}
+VARIANTS: dict[str, Any] = {"plain": True, "mini": "mini", "bat": "bat"}
 
 
 @register

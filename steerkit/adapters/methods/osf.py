@@ -48,7 +48,7 @@ class OSF(AdapterMethod):
     def peft_config(self, model: HookedModel, slots: Sequence[Slot], seed: int) -> Any:
         from peft import OSFConfig
 
-        ranks = {slot.path: self.frozen_at(slot) for slot in slots}
+        ranks: dict[str, int | float] = {slot.path: self.frozen_at(slot) for slot in slots}
         return OSFConfig(rank_pattern=ranks, target_modules=self.paths(slots))
 
     def count_at(self, slot: Slot) -> int:
