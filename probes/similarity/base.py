@@ -193,6 +193,8 @@ class Settings:
                     f"No site is on both sides ({_some(sites_a)}; {_some(sites_b)}): compare all pairs, or list pairs."
                 )
             return common
+        if not self.pairs:
+            raise InputError("The list of pairs is empty: name at least one, or compare all pairs.")
         for a, b in self.pairs:
             if a not in sites_a or b not in sites_b:
                 raise InputError(

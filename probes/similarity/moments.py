@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probes.similarity.base import Estimate, Fitter, Invariances, Measure, Settings, SitePair, constant
+from probes.similarity.base import Estimate, Fitter, Measure, Settings, SitePair, constant
 from steerkit.errors import InputError
 
 Key = tuple[str, str]
@@ -204,8 +204,6 @@ class Moments:
 @dataclass(frozen=True)
 class MomentMeasure(Measure):
     """A measure that is a function of a pair's sums."""
-
-    invariances: ClassVar[Invariances]
 
     def of_site(self, own: PairSums) -> Any:
         """What of a site does not depend on what it is compared with, from its sums with itself."""

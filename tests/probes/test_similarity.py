@@ -541,8 +541,12 @@ def test_sides_that_do_not_match_are_refused():
         similarity({"p": x}, {"q": y}, pairs="matched")
     with pytest.raises(InputError, match="p – r cannot be compared"):
         similarity({"p": x}, {"q": y}, pairs=[("p", "r")])
-    with pytest.raises(InputError, match="needs at least four"):
+    with pytest.raises(InputError, match="list of pairs is empty"):
+        similarity({"p": x}, {"q": y}, pairs=[])
+    with pytest.raises(InputError, match="3 rows: a similarity needs at least four"):
         similarity(x[:3], y[:3])
+    with pytest.raises(InputError, match="0 rows: a similarity needs at least four"):
+        similarity(x, y, mask=torch.zeros(20, dtype=torch.bool))
     with pytest.raises(InputError, match="Did you mean 'linear_cka'"):
         similarity(x, y, "linear_ckA")
     with pytest.raises(InputError, match="at least two documents"):
