@@ -96,26 +96,86 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     return name.strip(), settings
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One thing that is compared with the others."""
+
+    label: str
+    method: AdapterMethod
+    budget: int | None = None
+    modules: str | tuple[str, ...] | None = None
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def where(self) -> dict[str, Any]:
+        return {"modules": self.modules, "layers": self.layers}
+
+
 def bench(
     model: HookedModel, task: Task, config: BenchConfig, *, out: str | Path | None = None, quiet: bool = True
 ) -> BenchResult:
-    """Run the comparison. The model is left as it was. Raises InputError for a method that cannot be put into it."""
+    """Compare methods. The model is left as it was. Raises InputError for a method that cannot be put into it."""
+    budgets = config.budgets or (_lora_parameters(model, config),)
+    return compare(
+        model, task, list(_cells(model, config, budgets)), config, baseline=BASELINE, out=out, quiet=quiet
+    )
+
+
+def compare(
+    model: HookedModel,
+    task: Task,
+    cells: Sequence[Cell],
+    config: BenchConfig,
+    *,
+    baseline: str,
+    out: str | Path | None = None,
+    quiet: bool = True,
+) -> BenchResult:
+    """Run the cells; `baseline` is the label of those that the others are compared with. See `bench`."""
     bencher = _Bencher(model, task, config, Path(out) if out is not None else None)
-    budgets = config.budgets or (bencher.default_budget(),)
-    cells = list(bencher.cells(budgets))
-    per_cell = config.grid + config.seeds
-    rows = []
-    with progress(len(cells) * per_cell, "adapters", "runs", quiet=quiet) as bar:
-        for label, method, budget in cells:
-            rows.append(bencher.cell(label, method, budget, bar))
+    with progress(len(cells) * (config.grid + config.seeds), "adapters", "runs", quiet=quiet) as bar:
+        rows = [bencher.row(cell, bar) for cell in cells]
     for row in rows:
-        reference = next((r for r in rows if r["method"] == BASELINE and r["budget"] == row["budget"]), None)
-        row["difference"] = _difference(row, reference)
-    described = {**asdict(config), "budgets": list(budgets), "model": model.name, "task": task.settings()}
+        row["difference"] = _difference(row, _reference(row, [r for r in rows if r["method"] == baseline]))
+    budgets = sorted({cell.budget for cell in cells if cell.budget is not None})
+    described = {
+        **asdict(config),
+        "budgets": budgets,
+        "model": model.name,
+        "task": task.settings(),
+        "baseline": baseline,
+    }
     result = BenchResult(described, bencher.base, rows, bencher.runs)
     if out is not None:
         write_json(Path(out) / "results.json", asdict(result))
     return result
+
+
+def _lora_parameters(model: HookedModel, config: BenchConfig) -> int:
+    lora = make(BASELINE, rank=8)
+    return lora.count(model, lora.targets(model, config.modules, config.layers))
+
+
+def _cells(model: HookedModel, config: BenchConfig, budgets: Sequence[int]) -> Iterator[Cell]:
+    """A method at each budget; one without a size once."""
+    where: dict[str, Any] = {"modules": config.modules, "layers": config.layers}
+    for text in config.methods:
+        name, settings = parse(text)
+        if not METHODS[name].size or METHODS[name].size in settings:
+            yield Cell(text, make(name, **settings), None, **where)
+            continue
+        seen: list[AdapterMethod] = []
+        for budget in budgets:
+            method = fit_size(model, name, settings, budget, where)
+            if method not in seen:
+                seen.append(method)
+                yield Cell(text, method, budget, **where)
+
+
+def _reference(row: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The baseline of the nearest size."""
+    size = math.log(max(1, row["trainable_params"]))
+    return min(baselines, key=lambda r: abs(math.log(max(1, r["trainable_params"])) - size), default=None)
 
 
 def fit_size(
@@ -157,43 +217,26 @@ def _sizes() -> Iterator[int]:
 class _Bencher:
     def __init__(self, model: HookedModel, task: Task, config: BenchConfig, out: Path | None) -> None:
         self.model, self.task, self.config, self.out = model, task, config, out
-        self.where: dict[str, Any] = {"modules": config.modules, "layers": config.layers}
         self.runs: list[dict[str, Any]] = []
         self.base = self._part({"base": model.fingerprint}, lambda: self._scores(model))
 
-    def default_budget(self) -> int:
-        lora = make(BASELINE, rank=8)
-        return lora.count(self.model, lora.targets(self.model, self.config.modules, self.config.layers))
-
-    def cells(self, budgets: Sequence[int]) -> Iterator[tuple[str, AdapterMethod, int | None]]:
-        """(name, method, budget) of each; a method without a size has one cell, of no budget."""
-        for text in self.config.methods:
-            name, settings = parse(text)
-            if not METHODS[name].size or METHODS[name].size in settings:
-                yield text, make(name, **settings), None
-                continue
-            seen: list[AdapterMethod] = []
-            for budget in budgets:
-                method = fit_size(self.model, name, settings, budget, self.where)
-                if method not in seen:
-                    seen.append(method)
-                    yield text, method, budget
-
-    def cell(self, label: str, method: AdapterMethod, budget: int | None, bar: Any) -> dict[str, Any]:
-        """The row of one method at one budget."""
-        lr, tried = self._search(label, method, bar)
+    def row(self, cell: Cell, bar: Any) -> dict[str, Any]:
+        """What came out of one cell."""
+        lr, tried = self._search(cell, bar)
         found = []
         for seed in range(self.config.seed + 1, self.config.seed + self.config.seeds + 1):
-            found.append(self._run(label, method, lr, seed, final=True))
+            found.append(self._run(cell, lr, seed, final=True))
             bar.advance(1)
         scores = {name: [run["scores"][name] for run in found] for name in found[0]["scores"]}
         test = scores["test"]
         forgetting = [run["forgetting"] for run in found if run["forgetting"] is not None]
         return {
-            "method": label,
-            "settings": method.settings(),
-            "family": method.family,
-            "budget": budget,
+            "method": cell.label,
+            "name": cell.method.name,
+            "settings": cell.method.settings(),
+            "family": cell.method.family,
+            "budget": cell.budget,
+            **cell.where,
             "trainable_params": found[0]["trainable_params"],
             "lr": lr,
             "tried": tried,
@@ -206,21 +249,24 @@ class _Bencher:
             "forgetting": _mean(forgetting) if forgetting else None,
             "forgetting_sd": _sd(forgetting) if forgetting else None,
             "seconds": _mean([run["seconds"] for run in found]),
-            "step_seconds": float(np.median([run["step_seconds"] for run in found])),
-            "peak_memory_mb": max(run["peak_memory_mb"] for run in found),
+            "step_seconds": _median([run["step_seconds"] for run in found]),
+            "peak_memory_mb": max(run["peak_memory_mb"] or 0.0 for run in found) or None,
             "size_mb": found[0]["size_mb"],
             "merge_error": found[0]["merge_error"],
             "seeds": self.config.seeds,
             "diverged": [run["seed"] for run in found if run["failed"]],
         }
 
-    def _search(self, label: str, method: AdapterMethod, bar: Any) -> tuple[float, list[list[float]]]:
+    def _search(self, cell: Cell, bar: Any) -> tuple[float, list[list[float]]]:
         """(the best learning rate, [rate, validation loss] of all that were tried)."""
         losses: dict[int, float] = {}
 
+        def rates(exponent: int) -> float:
+            return cell.method.lr * _GRID_STEP**exponent
+
         def try_at(exponent: int) -> None:
-            rate = method.lr * _GRID_STEP**exponent
-            losses[exponent] = self._run(label, method, rate, self.config.seed, final=False)["validation"]
+            run = self._run(cell, rates(exponent), self.config.seed, final=False)
+            losses[exponent] = math.inf if run["validation"] is None else run["validation"]
             bar.advance(1)
 
         first = -((self.config.grid - 1) // 2)
@@ -234,16 +280,15 @@ class _Bencher:
             bar.total += 1
             try_at(edge)
         best = min(losses, key=losses.__getitem__)
-        tried = [[method.lr * _GRID_STEP**e, losses[e]] for e in sorted(losses)]
-        return method.lr * _GRID_STEP**best, tried
+        return rates(best), [[rates(exponent), losses[exponent]] for exponent in sorted(losses)]
 
-    def _run(self, label: str, method: AdapterMethod, lr: float, seed: int, *, final: bool) -> dict[str, Any]:
+    def _run(self, cell: Cell, lr: float, seed: int, *, final: bool) -> dict[str, Any]:
         key = {
-            "method": label, "settings": method.settings(), "lr": lr, "seed": seed, "final": final, **self.where,
+            "method": cell.method.name, "settings": cell.method.settings(), "lr": lr, "seed": seed, "final": final, **cell.where,
             "epochs": self.config.epochs, "batch_size": self.config.batch_size, "dtype": self.config.dtype,
         }  # fmt: skip
-        found = self._part(key, lambda: self._trained(method, lr, seed, final))
-        run = {"method": label, "lr": lr, "seed": seed, "final": final, **found}
+        found = self._part(key, lambda: self._trained(cell, lr, seed, final))
+        run = {"method": cell.label, "lr": lr, "seed": seed, "final": final, **found}
         self.runs.append(run)
         return run
 
@@ -261,7 +306,7 @@ class _Bencher:
         write_json(path, {"key": key, "found": found})
         return found
 
-    def _trained(self, method: AdapterMethod, lr: float, seed: int, final: bool) -> dict[str, Any]:
+    def _trained(self, cell: Cell, lr: float, seed: int, final: bool) -> dict[str, Any]:
         config = FinetuneConfig(
             lr=lr,
             epochs=self.config.epochs,
@@ -269,7 +314,7 @@ class _Bencher:
             seed=seed,
             dtype=self.config.dtype,
         )
-        tuned = get(self.model, method, seed=seed, **self.where)
+        tuned = get(self.model, cell.method, seed=seed, **cell.where)
         try:
             started = time.perf_counter()
             failed, outcome = "", None
@@ -279,13 +324,11 @@ class _Bencher:
                 failed = str(error)
             found: dict[str, Any] = {
                 "failed": failed,
-                "validation": math.inf
-                if outcome is None or outcome.best is None
-                else outcome.best[1]["loss"],
+                "validation": None if outcome is None or outcome.best is None else outcome.best[1]["loss"],
                 "trainable_params": tuned.n_trainable,
                 "seconds": time.perf_counter() - started,
-                "step_seconds": math.nan if outcome is None else outcome.step_seconds,
-                "peak_memory_mb": math.nan if outcome is None else outcome.peak_memory_mb,
+                "step_seconds": None if outcome is None else outcome.step_seconds,
+                "peak_memory_mb": None if outcome is None else outcome.peak_memory_mb,
             }
             if final:
                 found |= self._judged(tuned)
@@ -330,6 +373,11 @@ def merge_error(tuned: Adapted, task: Task) -> float | None:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None
 
 
 def _sd(values: Sequence[float]) -> float | None:

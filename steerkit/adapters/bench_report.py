@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steerkit.adapters.bench import BASELINE, BenchResult
+from steerkit.adapters.bench import BenchResult
 from steerkit.plots import page
 
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "hexagon", "cross", "triangle-down")
@@ -39,9 +39,9 @@ def write_report(result: BenchResult, path: str | Path) -> Path:
         parts.append(_front(result, "peak_memory_mb", "peak memory while training, MB"))
     parts += [
         "<h2>Table</h2>",
-        f"<p>“Against {BASELINE}” is the difference of scores at the same budget, seed by seed, with its 95 % interval. “Merge "
-        "error” is the greatest change of the final states when the adapter is put into the weights, as a share of the greatest "
-        "state.</p>",
+        f"<p>“Against {html.escape(result.config['baseline'])}” is the difference of scores, seed by seed, with its 95 % interval, "
+        "to the one nearest in size. “Merge error” is the greatest change of the final states when the adapter is put into the "
+        "weights, as a share of the greatest state.</p>",
         _table(result),
         "<h2>Learning rates</h2>",
         "<p>Validation loss of one seed, which is not among those reported, at every rate that was tried; the circle is the one "
@@ -62,7 +62,13 @@ def _is_number(value: Any) -> bool:
 def _introduction(result: BenchResult) -> str:
     config, base = result.config, result.base
     scores = ", ".join(f"{html.escape(name)} {value:.3g}" for name, value in base["scores"].items())
-    budgets = ", ".join(f"{budget:,}" for budget in config["budgets"])
+    budget = ""
+    if config["budgets"]:
+        budgets = ", ".join(f"{budget:,}" for budget in config["budgets"])
+        budget = (
+            f"Budget: {budgets} trained parameters, which each method's size is set to come near; a method without a size has what "
+            "it has. "
+        )
     sizes = config["task"]["objective"]["examples"]
     loss = (
         "" if base["unrelated"] is None else f"; loss on unrelated text {base['unrelated']:.4f} nats a token"
@@ -70,8 +76,7 @@ def _introduction(result: BenchResult) -> str:
     return (
         f"<p>Model <code>{html.escape(config['model'])}</code> on <code>{html.escape(config['task']['name'])}</code>: "
         f"{sizes['train']:,} training examples, {config['epochs']:g} epochs in batches of {config['batch_size']}. "
-        f"Budget: {budgets} trained parameters, which each method's size is set to come near; a method without a size has what it "
-        f"has. Without an adapter: {html.escape(config['task']['metric'])} {scores}{loss}.</p>"
+        f"{budget}Without an adapter: {html.escape(config['task']['metric'])} {scores}{loss}.</p>"
     )
 
 
@@ -202,7 +207,7 @@ def _table(result: BenchResult) -> str:
         "parameters",
         "rate",
         result.config["task"]["metric"],
-        f"against {BASELINE}",
+        f"against {result.config['baseline']}",
     ]
     head += [*others, "forgetting", "ms a step", "peak MB", "file MB", "merge error"]
     rows = []
@@ -223,7 +228,7 @@ def _table(result: BenchResult) -> str:
                         for n in others
                     ),
                     _with_spread(row["forgetting"], row["forgetting_sd"], ".3f"),
-                    _number("{:.1f}")(1e3 * row["step_seconds"]),
+                    _number("{:.1f}")(row["step_seconds"] and 1e3 * row["step_seconds"]),
                     _number("{:.0f}")(row["peak_memory_mb"]),
                     _number("{:.2f}")(row["size_mb"]),
                     _number("{:.1e}")(row["merge_error"]),

@@ -22,7 +22,7 @@ from steerkit.sites import weight_of
 
 ATTENTION, FFN = ("q", "k", "v", "o"), ("gate", "up", "down")
 GROUPS = {"all": ATTENTION + FFN, "attention": ATTENTION, "ffn": FFN}
-_NAMES = {
+NAMES = {
     "q": ("q_proj", "query", "q_lin", "q", "wq"),
     "k": ("k_proj", "key", "k_lin", "k", "wk"),
     "v": ("v_proj", "value", "v_lin", "v", "wv"),
@@ -57,15 +57,15 @@ class Slot:
 def find_slots(model: HookedModel) -> list[Slot]:
     """All linear maps of the blocks, layer by layer. Raises InputError for a model without any."""
     ends = {
-        model.sites[f"blocks.{layer}.{site}"].path: kind
-        for layer in range(model.n_layers)
-        for site, kind in (("attn.hook_z", "o"), ("mlp.hook_post", "down"))
-        if f"blocks.{layer}.{site}" in model.sites
+        site.path: kind
+        for name, site in model.sites.items()
+        for end, kind in (("attn.hook_z", "o"), ("mlp.hook_post", "down"))
+        if name.endswith(end)
     }
     found = []
     for path, layer in model.linear_modules().items():
         last = path.removesuffix(".base_layer").rpartition(".")[2]
-        named = next((kind for kind, names in _NAMES.items() if last in names), "up")
+        named = next((kind for kind, names in NAMES.items() if last in names), "up")
         d_out, d_in = weight_of(model.model.get_submodule(path)).shape
         found.append(Slot(path, layer, ends.get(path, named), d_out, d_in))
     if not found:
@@ -81,7 +81,10 @@ def choose(
     wanted = [modules] if isinstance(modules, str) else list(modules)
     chosen: dict[str, Slot] = {}
     for name in wanted:
-        matches = [slot for kind in GROUPS.get(name, (name,)) for slot in _matching(model, slots, kind)]
+        if name in GROUPS:
+            matches = [slot for slot in slots if {*_PARTS.get(slot.kind, (slot.kind,))} <= {*GROUPS[name]}]
+        else:
+            matches = _matching(model, slots, name)
         if not matches:
             raise InputError(_nothing(model, name, slots))
         for slot in matches:
