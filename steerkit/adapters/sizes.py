@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from steerkit.adapters.slots import Slot
 from steerkit.errors import InputError
+from steerkit.models import HookedModel
+from steerkit.sites import is_transposed
 
 
 def check_rank(
@@ -20,6 +22,15 @@ def check_rank(
         if rank > greatest:
             raise InputError(
                 f"rank is {rank}, but {slot.path} is {slot.d_out} × {slot.d_in}: {method} takes at most {greatest} there."
+            )
+
+
+def check_upright(method: str, model: HookedModel, slots: Sequence[Slot]) -> None:
+    """Raises InputError for a weight that is kept as (d_in, d_out), GPT-2's Conv1D, where peft would take it for the other."""
+    for slot in slots:
+        if is_transposed(model.model.get_submodule(slot.path)):
+            raise InputError(
+                f"{slot.path} is a Conv1D, whose weight lies on its side: peft's {method} does not take it."
             )
 
 

@@ -70,6 +70,12 @@ class AdaLoRA(AdapterMethod):
             target_modules=self.paths(slots),
         )
 
+    def hold(self, model: nn.Module, slots: Sequence[Slot]) -> int:
+        for name, parameter in model.named_parameters():
+            if ".ranknum." in name:  # over a base in half precision peft makes this number trainable
+                parameter.requires_grad_(False)
+        return 0
+
     def count_at(self, slot: Slot) -> int:
         return self.first_rank * (slot.d_out + slot.d_in + 1)
 

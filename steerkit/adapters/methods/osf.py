@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from steerkit.adapters.base import AdapterMethod, register
+from steerkit.adapters.sizes import check_upright
 from steerkit.adapters.slots import Slot
 from steerkit.errors import InputError
 from steerkit.models import HookedModel
@@ -48,6 +49,7 @@ class OSF(AdapterMethod):
     def peft_config(self, model: HookedModel, slots: Sequence[Slot], seed: int) -> Any:
         from peft import OSFConfig
 
+        check_upright(self.name, model, slots)
         ranks: dict[str, int | float] = {slot.path: self.frozen_at(slot) for slot in slots}
         return OSFConfig(rank_pattern=ranks, target_modules=self.paths(slots))
 

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from steerkit.adapters.base import AdapterMethod, register
 from steerkit.adapters.methods.lora import LoRA
+from steerkit.adapters.sizes import check_upright
 from steerkit.adapters.slots import Slot
+from steerkit.models import HookedModel
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -86,3 +88,7 @@ class OLoRA(PiSSA):
     hypothesis: ClassVar[str] = "Factors that start orthonormal, and from W, learn faster than random ones."
     family: ClassVar[str] = "low-rank"
     options: ClassVar[Mapping[str, Any]] = {"init_lora_weights": "olora"}
+
+    def peft_config(self, model: HookedModel, slots: Sequence[Slot], seed: int) -> Any:
+        check_upright(self.name, model, slots)
+        return super().peft_config(model, slots, seed)
