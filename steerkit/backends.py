@@ -20,6 +20,7 @@ from steerkit.errors import InputError
 from steerkit.sites import (
     Block,
     Call,
+    Found,
     Site,
     Stack,
     analyse_block,
@@ -258,8 +259,12 @@ class HuggingFaceBackend:
     def _stack_sites(
         self, stack: Stack, calls: Sequence[Call], output: Any, forward: Callable[[], Any]
     ) -> None:
-        inside = [[c for c in calls if c.path.startswith(b.path + ".")] for b in stack.blocks]
-        blocks: list[Block] = [analyse_block(self.model, b, c) for b, c in zip(stack.blocks, inside)]
+        once = called_once(calls)
+        own = [once.get(f"{b.path}.base_layer", b) for b in stack.blocks]
+        inside = [[c for c in calls if c.path.startswith(b.path + ".")] for b in own]
+        blocks: list[Block] = [analyse_block(self.model, b, c) for b, c in zip(own, inside)]
+        for block, whole in zip(blocks, stack.blocks):  # an adapter of whole blocks acts on what they give
+            block.sites["hook_resid_post"] = Found(whole, "out")
         sites = block_sites(stack, blocks)
         last = stack.blocks[-1]
         outside = [c for c in calls if not any(c.path.startswith(b.path) for b in stack.blocks)]
@@ -270,11 +275,14 @@ class HuggingFaceBackend:
         else:
             end = states[-1].cpu()
             norm = [] if same(last.y, end) else value_chain(outside, last.y, lambda y: same(y, end), last.end)
-            for i, (block, before, after) in enumerate(zip(stack.blocks, states, states[1:])):
+            for i, (block, before, after) in enumerate(zip(own, states, states[1:])):
                 at = f"{stack.prefix}blocks.{i}."
                 ends = i == len(blocks) - 1 and norm
+                read = (
+                    own[i - 1].y if i else block.x
+                )  # a block reads what the one before it gives: `find_stacks`
                 for kind, good in (
-                    ("hook_resid_pre", same(block.x, before.cpu())),
+                    ("hook_resid_pre", same(read, before.cpu())),
                     ("hook_resid_post", ends or same(block.y, after.cpu())),
                 ):
                     if not good:

@@ -661,10 +661,11 @@ def failed_writes(
             for path in {use.path for *_, use in block.sums if use is not None}:
                 hook = watch("sum", path)
                 handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
-        for i in range(len(blocks)):  # a block's output is a witness even where it is refused as a site
-            post = sites[f"{prefix}blocks.{i}.hook_resid_post"]
-            if post.path and not post.verified:
-                handles.extend(attach(model, post, noting(post.name)))
+        for i, block in enumerate(
+            blocks
+        ):  # a block's own output is a witness even where it is refused as a site
+            own = replace(sites[f"{prefix}blocks.{i}.hook_resid_post"], path=block.call.path)
+            handles.extend(attach(model, own, noting(f"{prefix}blocks.{i}.own")))
         for name in (name for group in names for name in group):
             handles.extend(attach(model, sites[name], noisy(name)))
             if sites[name].side == "in":  # registered later, so it sees what the hook wrote
@@ -689,21 +690,14 @@ def failed_writes(
             if not {at + stream, at + addend} <= set(after):
                 continue
             total = after[at + stream] + after[at + addend]
-            seen = (
-                before.get(at + "hook_resid_post")
-                if use is None
-                else inputs["sum", use.path].reshape(total.shape)
-            )
+            seen = before.get(at + "own") if use is None else inputs["sum", use.path].reshape(total.shape)
             if not same(seen, total, after[at + addend]):
                 bad[at + stream] = bad[at + addend] = (
                     "what is written here does not reach the residual stream"
                 )
         if block.parallel:
             x, a, m = (after[at + k] for k in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out"))
-            if not any(
-                same(before.get(at + "hook_resid_post"), t, a)
-                for t in ((x + a) + m, (a + m) + x, (x + m) + a)
-            ):
+            if not any(same(before.get(at + "own"), t, a) for t in ((x + a) + m, (a + m) + x, (x + m) + a)):
                 for kind in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out"):
                     bad[at + kind] = "what is written here does not reach the residual stream"
         following = f"{prefix}blocks.{i + 1}.hook_resid_pre"

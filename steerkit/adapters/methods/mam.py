@@ -66,7 +66,7 @@ class MAM(EditMethod):
     def targets(
         self, model: HookedModel, modules: str | Sequence[str] | None, layers: Sequence[int] | None
     ) -> list[Slot]:
-        if not model.is_causal and getattr(model.model.config, "is_encoder_decoder", False):
+        if getattr(model.model.config, "is_encoder_decoder", False):
             raise InputError(f"{model.name} has an encoder and a decoder: mam is made for one of them.")
         ffn = Parallel().targets(model, modules, layers)
         attention = [_attention(model, layer) for layer in sorted({slot.layer for slot in ffn})]
@@ -79,7 +79,7 @@ class MAM(EditMethod):
             for slot in slots
             if slot.kind == "attention"
         }
-        return {**parallel_facts(slots), **prefixes}
+        return {**parallel_facts([slot for slot in slots if slot.kind != "attention"]), **prefixes}
 
     def edit(self, target: Target) -> Edit:
         if "heads" in target.facts:

@@ -82,13 +82,17 @@ def _first_map(model: HookedModel, down: Slot) -> Slot:
 
 
 def parallel_facts(slots: Sequence[Slot]) -> dict[str, dict[str, Any]]:
-    """What the two edits of each FFN have to know."""
-    return {slot.path: {"layer": slot.layer, "adds": slot.kind == "down"} for slot in slots}
+    """What the two edits of each FFN have to know: which map reads its input, and whether they are its last map's."""
+    facts, first = {}, ""
+    for slot in slots:
+        first = first if slot.kind == "down" else slot.path
+        facts[slot.path] = {"reads": first, "adds": slot.kind == "down"}
+    return facts
 
 
 def parallel_edit(target: Target, rank: int, scale: float, activation: str) -> Edit:
     """The edit of an FFN's first or last map, as `parallel_facts` says."""
-    handed_on = target.shared.setdefault(f"FFN input {target.facts['layer']}", [])
+    handed_on = target.shared.setdefault(target.facts["reads"], [])
     if target.facts["adds"]:
         d = target.d_out
         return _Adds(handed_on, Bottleneck(d, d, rank, activation, target.generator()), scale)
