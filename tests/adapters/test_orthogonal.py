@@ -29,13 +29,13 @@ def givens(d, i, j, block):
 @pytest.mark.parametrize("method", [GOFT(), QGOFT()])
 def test_the_cascade_is_the_product_of_its_planes(method, d):
     edit = fill(edit_of(method, linear(5, d)), 0.5)
-    blocks, product, used = edit.blocks().detach(), torch.eye(d), 0
-    stride = 1
-    while stride < d:
-        for i in range(0, d - stride, 2 * stride):
-            product = givens(d, i, i + stride, blocks[used]) @ product
+    blocks, product, used, left = edit.blocks().detach(), torch.eye(d), 0, list(range(d))
+    while len(left) > 1:
+        half = len(left) // 2
+        for i, j in zip(left[:half], left[half:]):
+            product = givens(d, i, j, blocks[used]) @ product
             used += 1
-        stride *= 2
+        left = left[:half] + left[2 * half :]
     assert used == len(blocks) == d - 1
     torch.testing.assert_close(edit.rotation(), product, atol=1e-5, rtol=0)
 
@@ -55,7 +55,7 @@ def test_the_angles_of_goft_gather_any_vector_in_one_coordinate():
     x = torch.randn(d, generator=torch.Generator().manual_seed(0))
     edit, angles, left = edit_of(GOFT(), linear(5, d)), [], x
     while len(left) > 1:
-        a, b = left[0::2], left[1::2]
+        a, b = left.chunk(2)
         angles.append(torch.atan2(-b, a))
         left = torch.hypot(a, b)
     with torch.no_grad():

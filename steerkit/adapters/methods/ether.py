@@ -64,10 +64,9 @@ def random_normals(target: Target, d: int, blocks: int) -> Float[Tensor, "n bloc
     return torch.randn(n, d // n, generator=target.generator())
 
 
-def projected(x: Float[Tensor, "... d"], u: Float[Tensor, "n block"]) -> Float[Tensor, "... n block"]:
-    """û_b û_bᵀ x_b of each block."""
-    unit = F.normalize(u, dim=-1)
-    return (x.unflatten(-1, u.shape) * unit).sum(-1, keepdim=True) * unit
+def columns(vectors: Float[Tensor, "n block"]) -> Float[Tensor, "d n"]:
+    """Each block's vector in a column of its own, 0 elsewhere."""
+    return torch.block_diag(*vectors.unsqueeze(-1))
 
 
 class _ETHER(Edit):
@@ -77,7 +76,8 @@ class _ETHER(Edit):
 
     def reflected(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
         """H x."""
-        return x - 2 * projected(x, self.u).flatten(-2)
+        normals = columns(F.normalize(self.u, dim=-1))
+        return x - 2 * (x @ normals) @ normals.T
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         return base(self.reflected(x.to(self.u.dtype)).to(x.dtype))

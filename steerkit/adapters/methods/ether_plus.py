@@ -12,11 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from steerkit.adapters.base import EditMethod, register
-from steerkit.adapters.methods.ether import check_blocks, projected, random_normals
+from steerkit.adapters.methods.ether import check_blocks, columns, random_normals
 from steerkit.adapters.slots import Slot
 from steerkit.adapters.tuner import Base, Edit, Target
 
@@ -61,11 +63,11 @@ class _ETHERPlus(Edit):
 
     def into(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
         """(H - I) x."""
-        return (projected(x, self.v_in) - projected(x, self.u_in)).flatten(-2)
+        return _change(x, self.u_in, self.v_in)
 
     def out_of(self, y: Float[Tensor, "... d_out"]) -> Float[Tensor, "... d_out"]:
         """(H̃ - I) y."""
-        return (projected(y, self.v_out) - projected(y, self.u_out)).flatten(-2)
+        return _change(y, self.u_out, self.v_out)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y = base(x + self.into(x.to(self.u_in.dtype)).to(x.dtype))
@@ -74,3 +76,12 @@ class _ETHERPlus(Edit):
     def delta(self, weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         half = weight + self.into(weight)
         return half + self.out_of(half.T).T - weight
+
+
+def _change(
+    x: Float[Tensor, "... d"], u: Float[Tensor, "n block"], v: Float[Tensor, "n block"]
+) -> Float[Tensor, "... d"]:
+    """(v̂ v̂ᵀ - û ûᵀ) x of each block, as ½ (s tᵀ + t sᵀ) x with s = v̂ + û and t = v̂ - û: exactly 0 where v = u."""
+    u, v = F.normalize(u, dim=-1), F.normalize(v, dim=-1)
+    s, t = columns(v + u), columns(v - u)
+    return x @ torch.cat([t, s], dim=1) @ torch.cat([s, t], dim=1).T / 2

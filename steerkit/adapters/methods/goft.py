@@ -1,11 +1,12 @@
 """GOFT: the input turned by a cascade of Givens rotations.
 
-    W' = W Q,   Q = … Q_4 Q_2 Q_1,   Q_s turns the plane of coordinates (i, i + s) by its own angle, for i = 0, 2 s, 4 s, …
+    W' = W Q,   Q = … Q_2 Q_1,   Q_1 turns the planes of coordinates (i, i + d_in/2), Q_2 those of (i, i + d_in/4) for i < d_in/4, …
 
 Ma et al. 2024, https://arxiv.org/abs/2404.04316. Each rotation hands one coordinate on to the next stride, so that there are
-d_in - 1 of them: enough to gather any vector in one coordinate, not for all of SO(d_in). Q is orthogonal, to rounding (the
-published code pairs neighbours at every stride, which is not). Angles are 0 at the start; with `gains` each turned coordinate is
-stretched besides, as in the published code.
+d_in - 1 of them, with an angle each, 0 at the start: enough to gather any vector in one coordinate, not for all of SO(d_in). Q is
+orthogonal, to rounding (the published code pairs neighbours at every stride, which is not). Published strides are 1, 2, 4, …: the
+same cascade with its coordinates renamed; falling ones read memory in order. With `gains` each turned coordinate is stretched
+besides, as in the published code.
 """
 
 from __future__ import annotations
@@ -48,16 +49,15 @@ class GOFT(EditMethod):
 
 
 def cascade(x: Float[Tensor, "... d"], blocks: Float[Tensor, "d_minus_1 2 2"]) -> Float[Tensor, "... d"]:
-    """Q x with these 2 × 2 blocks instead of rotations: those of stride 1 first."""
+    """Q x with these 2 × 2 blocks instead of rotations: those of the greatest stride first. An odd coordinate is handed on too."""
     n_pairs = x.shape[-1] // 2
     if not n_pairs:
         return x
     ((aa, ab), (ba, bb)) = (row.unbind(-1) for row in blocks[:n_pairs].unbind(-2))
-    a, b = x[..., : 2 * n_pairs].unflatten(-1, (n_pairs, 2)).unbind(-1)
-    on = torch.cat([aa * a + ab * b, x[..., 2 * n_pairs :]], dim=-1)
+    a, b, odd = x.split([n_pairs, n_pairs, x.shape[-1] % 2], dim=-1)
+    on = torch.cat([aa * a + ab * b, odd], dim=-1)
     on = cascade(on, blocks[n_pairs:])
-    pairs = torch.stack([on[..., :n_pairs], ba * a + bb * b], dim=-1).flatten(-2)
-    return torch.cat([pairs, on[..., n_pairs:]], dim=-1)
+    return torch.cat([on[..., :n_pairs], ba * a + bb * b, on[..., n_pairs:]], dim=-1)
 
 
 class CascadeEdit(Edit):
