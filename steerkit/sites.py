@@ -324,6 +324,8 @@ class Block:
     sums: list[tuple[str, str, Call | None]]
     """(stream, addend, call whose input is their sum; None if the sum is the block's output), in order."""
     parallel: bool = False
+    inner: str = ""
+    """Path of the block itself where an adapter is around it: what it gives is what the sums are about."""
 
 
 def analyse_block(model: nn.Module, block: Call, calls: Sequence[Call]) -> Block:
@@ -661,11 +663,11 @@ def failed_writes(
             for path in {use.path for *_, use in block.sums if use is not None}:
                 hook = watch("sum", path)
                 handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
-        for i, block in enumerate(
-            blocks
-        ):  # a block's own output is a witness even where it is refused as a site
-            own = replace(sites[f"{prefix}blocks.{i}.hook_resid_post"], path=block.call.path)
-            handles.extend(attach(model, own, noting(f"{prefix}blocks.{i}.own")))
+        for i, block in enumerate(blocks):
+            post = sites[f"{prefix}blocks.{i}.hook_resid_post"]
+            if post.path:  # a block's own output is a witness even where it is refused as a site
+                witness = replace(post, path=block.inner or post.path)
+                handles.extend(attach(model, witness, noting(f"{prefix}blocks.{i}.own")))
         for name in (name for group in names for name in group):
             handles.extend(attach(model, sites[name], noisy(name)))
             if sites[name].side == "in":  # registered later, so it sees what the hook wrote
