@@ -205,8 +205,14 @@ def _load_adapter(name: str, path: Path, tokenizer: Any, device: Any, dtype: Any
         revision=config.revision,
         device_map=device_map,
     )
-    model = peft.PeftModel.from_pretrained(base.model, str(path)).eval()
     origin = adapter_origin(path, base.name)
+    try:
+        model = peft.PeftModel.from_pretrained(base.model, str(path)).eval()
+    except (RuntimeError, ValueError) as error:
+        made_for = f", it was made for {origin.made_for}" if origin else ""
+        raise InputError(
+            f"The adapter {name} does not fit {base.name}{made_for}: {_first_line(error)}."
+        ) from error
     return Loaded(model, base.tokenizer, name, base.revision, base.has_lm_head, origin)
 
 
