@@ -16,9 +16,12 @@ from steerkit import adapters
 from steerkit.adapters.methods.diff_pruning import HIGH, LOW, DiffPruning
 from steerkit.adapters.methods.qa_lora import QALoRA
 from steerkit.adapters.methods.tied_lora import TiedLoRA
+from steerkit.adapters.training import train
 from steerkit.errors import InputError
+from steerkit.finetuning import FinetuneConfig
 from steerkit.loading import Loaded
 from steerkit.models import HookedModel
+from steerkit.objectives import LanguageModelling
 
 
 def edits_of(tuned):
@@ -202,6 +205,22 @@ def test_projection_keeps_the_greatest_changes_of_all_modules_and_goes_on_with_t
         assert not trained_on[~_mask(after, chosen)].any()
         method.finish(tuned.model)
         assert torch.equal(changes(), trained_on)
+    finally:
+        tuned.remove()
+
+
+def test_the_trainer_leaves_the_kept_share_whatever_was_best(model):
+    """At this learning rate the first evaluation is the best, before anything is dropped."""
+    texts = ["The fox took the red ball.", "The cat took the blue ball.", "The hen sat. The hen sang."] * 3
+    objective = LanguageModelling(model, texts[:6], texts[6:], texts[6:])
+    tuned = adapters.get(model, DiffPruning(kept=0.01, gate=1.0), layers=[0])
+    try:
+        config = FinetuneConfig(lr=0.5, epochs=3, batch_size=2, eval_every=1)
+        outcome = train(tuned, objective, config)
+        assert outcome.best is not None
+        assert outcome.best[0] < 0.8 * outcome.steps
+        changes = torch.cat([edit.change().detach().flatten() for edit in edits_of(tuned).values()])
+        assert 0 < int((changes != 0).sum()) <= int(0.01 * len(changes))
     finally:
         tuned.remove()
 

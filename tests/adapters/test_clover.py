@@ -35,7 +35,7 @@ def bert():
 
 
 @pytest.fixture
-def put(request):
+def put():
     """Puts CLOVER with a random M into a model, and takes it out again."""
     made = []
 

@@ -17,6 +17,7 @@ from steerkit.adapters.methods.svft import SVFT
 from steerkit.adapters.rotations import bounded, skew, spectral_bound
 from steerkit.adapters.svd import svd
 from steerkit.errors import InputError
+from steerkit.models import HookedModel
 from steerkit.steering import SingularRotate
 
 
@@ -165,6 +166,21 @@ def test_chosen_dimensions_and_mistakes():
             edit_of(method, module)
     with pytest.raises(InputError, match="below π"):
         AntiPaSTO(max_angle=4.0)
+
+
+def test_chosen_dimensions_are_there_again_when_loaded(model, tmp_path):
+    paths = [slot.path for slot in adapters.choose(model, ("o", "down"))]
+    chosen = dict.fromkeys(paths[1:], (2, 11, 5))
+    tuned = adapters.get(model, "antipasto", rank=3, dimensions=chosen)
+    try:
+        tuned.save(tmp_path / "a")
+    finally:
+        tuned.remove()
+    loaded = HookedModel.from_pretrained(tmp_path / "a")
+    for path in paths:
+        module = model.model.get_submodule(path)
+        (edit,) = (e for name, e in loaded.model.named_modules() if f"{path}.steerkit_edits.default" in name)
+        assert torch.equal(edit.S, svd(module.weight)[1][list(chosen.get(path, (0, 1, 2)))])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
