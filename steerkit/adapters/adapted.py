@@ -110,7 +110,14 @@ class Adapted(HookedModel, ABC):
         self.base, self.method, self.slots, self.seed = base, method, list(slots), seed
         self._made_for = base.fingerprint
         self._flags = [(p, p.requires_grad) for p in base.model.parameters()]
-        self._put_in(f"{base.name} + {method.name}", folder)
+        self._kept: dict[str, Tensor] = {}
+        """What is changed of the base's weights, as it was."""
+        try:
+            self._put_in(f"{base.name} + {method.name}", folder)
+        except BaseException:
+            self._take_out()
+            self._restore_flags()
+            raise
         self._present.add(base.model)
 
     @abstractmethod
@@ -263,17 +270,15 @@ class SubsetAdapted(Adapted):
         return self.model
 
     def _take_out(self) -> None:
-        for key, p in self._trained.items():
-            p.data = self._kept[key].to(p.device)
-            p.grad = None
+        for key, value in self._kept.items():
+            p = self._trained[key]
+            p.data, p.grad = value.to(p.device), None
 
 
 class PeftAdapted(Adapted):
     """A model with an adapter of peft's, or of steerkit's own tuner."""
 
     def _put_in(self, name: str, folder: Path | None) -> None:
-        self._kept: dict[str, Tensor] = {}
-        """What peft changes of the base, as it was."""
         self.peft = self._injected(folder)
         self._held = self.method.hold(self.peft, self.slots)
         self._wrap(name)
@@ -293,11 +298,7 @@ class PeftAdapted(Adapted):
                 torch.manual_seed(self.seed)
                 return self._peft_model(folder).train(training)
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-            self._restore()
             raise InputError(f"{self.method.name} cannot be put into {self.base.name}: {error}") from error
-        except InputError:
-            self._restore()
-            raise
 
     def _peft_model(self, folder: Path | None) -> PeftModel:
         anew = self.method.mutates_base or isinstance(
@@ -330,13 +331,6 @@ class PeftAdapted(Adapted):
             for path, module in self.base.model.named_modules()
             if isinstance(module, BaseTunerLayer)
         }
-
-    def logits(self, input_ids: Any, attention_mask: Any = None) -> Tensor:
-        if not self.peft.active_peft_config.is_prompt_learning:
-            return super().logits(input_ids, attention_mask)
-        ids, mask = self._checked(input_ids, attention_mask)
-        found = self.peft(input_ids=ids, attention_mask=torch.ones_like(ids) if mask is None else mask).logits
-        return found[:, -ids.shape[1] :]
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -420,17 +414,22 @@ class PeftAdapted(Adapted):
         return copy.deepcopy(self.peft).merge_and_unload(safe_merge=True)
 
     def _take_out(self) -> None:
-        if self.peft.active_peft_config.is_prompt_learning:
-            inner: Any = self.peft.base_model
-        else:
-            inner = self.peft.unload()
+        model = self.base.model
+        if "peft" not in vars(self):
+            _unwrap(model)
+        elif not self.peft.active_peft_config.is_prompt_learning:
+            self.peft.unload()
         self._put(self._kept)
         for name in ("peft_config", "_hf_peft_config_loaded"):
-            inner.__dict__.pop(name, None)
+            model.__dict__.pop(name, None)
 
-    def _restore(self) -> None:
-        self._put(self._kept)
-        self._restore_flags()
+
+def _unwrap(model: nn.Module) -> None:
+    """Take out what peft has put in before it failed."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                setattr(module, name, child.get_base_layer())
 
 
 class _Portable:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from steerkit.backends import HuggingFaceBackend
 from steerkit.errors import InputError
@@ -36,9 +36,16 @@ class PromptedBackend(HuggingFaceBackend):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, **options: Any
     ) -> Tensor:
-        return self.peft.generate(
-            input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens, **options
-        )
+        """Row by row: peft takes no positions, so that pads would move a text away from its virtual tokens."""
+        longest, pad = input_ids.shape[1], options.get("pad_token_id", 0)
+        rows = []
+        for ids, mask in zip(input_ids, attention_mask):
+            kept = ids[mask.bool()][None]
+            found = self.peft.generate(
+                input_ids=kept, attention_mask=torch.ones_like(kept), max_new_tokens=max_new_tokens, **options
+            )
+            rows.append(torch.cat([ids[: longest - kept.shape[1]], found[0]]))
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
 
     def _run(self, input_ids: Tensor, mask: Tensor | None) -> Any:
         mask = torch.ones_like(input_ids) if mask is None else mask
