@@ -218,3 +218,22 @@ def test_what_cannot_be_fused_is_named(model, houlsbys, tmp_path):
     with pytest.raises(InputError, match="differ in their settings"):
         adapters.get(model, "adapter_fusion", adapters=(houlsbys[0], others["houlsby"]))
     assert not hasattr(model.model, "peft_config")
+
+
+@pytest.mark.parametrize("name", ["houlsby", "parallel", "compacter", "adapter_fusion", "loreft"])
+def test_scaled_they_add_so_much(model, ids, houlsbys, name):
+    settings = {"adapter_fusion": {"adapters": houlsbys}, "loreft": {"rank": 2}, "compacter": {"rank": 8}}
+    tuned = stirred(adapters.get(model, name, layers=[1], **settings.get(name, {"rank": 4})))
+    site = "blocks.1.hook_resid_post"
+    states = {}
+    with torch.no_grad():
+        for alpha in (0.0, 0.5, 1.0):
+            with tuned.scaled(alpha):
+                states[alpha] = tuned.run(ids, sites=[site])[site]
+        assert torch.equal(states[1.0], tuned.run(ids, sites=[site])[site])
+        with tuned.disabled():
+            assert torch.equal(states[0.0], tuned.run(ids, sites=[site])[site])
+    if name in ("parallel", "loreft"):  # the others' attention half is read by the FFN half
+        torch.testing.assert_close(states[0.5], (states[0.0] + states[1.0]) / 2, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(states[0.5], states[1.0], atol=1e-4)
+    tuned.remove()

@@ -123,3 +123,38 @@ def test_attention_that_hands_its_keys_to_no_cache_is_refused(tokenizer):
     with pytest.raises(InputError, match="cache of keys and values"):
         adapters.get(model, "mam", rank=4, prefix=N)
     assert list(dict(model.model.named_modules())) == names
+
+
+def test_scaled_the_prefix_counts_so_many_times(model, ids):
+    once, twice = (adapters_of_length(model, n) for n in (N, 2 * N))
+    found = []
+    for make, alpha in ((once, 1.0), (twice, 0.5), (once, 0.0)):
+        tuned = make()
+        with tuned.scaled(alpha):
+            found.append(tuned.logits(ids).detach())
+            if alpha == 0.5:
+                options = {"max_new_tokens": 3, "do_sample": False, "use_cache": True}
+                assert tuned.model.generate(input_ids=ids, **options).shape[1] == ids.shape[1] + 3
+        with pytest.raises(InputError, match="negative"), tuned.scaled(-1.0):
+            tuned.logits(ids)
+        tuned.remove()
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[2], model.logits(ids), rtol=0, atol=1e-5)
+    assert not torch.allclose(found[0], found[2], atol=1e-2)
+
+
+def adapters_of_length(model, length):
+    """Makes MAM adapters whose prefix is N vectors, again and again."""
+
+    def make():
+        tuned = adapters.get(model, "mam", rank=4, prefix=length)
+        for layer, edit in enumerate(prefixes(tuned)):
+            heads, _, width = edit.K.shape
+            generator = torch.Generator().manual_seed(layer)
+            with torch.no_grad():
+                for tensor in (edit.K, edit.V):
+                    one = torch.randn(heads, N, width, generator=generator)
+                    tensor.copy_(one.repeat(1, length // N, 1))
+        return tuned
+
+    return make

@@ -113,6 +113,7 @@ def _weights(saved: dict[str, Tensor], path: str) -> dict[str, Tensor]:
 
 
 class _Fusion(Edit):
+    alpha = 1.0
     D: Tensor
     b_D: Tensor
     U: Tensor
@@ -141,7 +142,7 @@ class _Fusion(Edit):
         read = nn.functional.linear(h, self.Q) @ self.K
         shares = torch.einsum("...d,...nd->...n", read, added).softmax(-1)
         mixed = torch.einsum("...n,...nd->...d", shares, added)
-        return y + nn.functional.linear(mixed, self.V).to(y.dtype)
+        return y + self.alpha * nn.functional.linear(mixed, self.V).to(y.dtype)
 
     def added(self, h: Float[Tensor, "*any d"]) -> Float[Tensor, "*any n d"]:
         """δ_t"""

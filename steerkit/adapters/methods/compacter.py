@@ -65,6 +65,7 @@ class Compacter(EditMethod):
 
 
 class _Compacter(Edit):
+    alpha = 1.0
     A: nn.Parameter
 
     def __init__(self, target: Target, config: Compacter) -> None:
@@ -88,7 +89,7 @@ class _Compacter(Edit):
         y = base(x)
         D, U = kronecker_sum(self.A, self.s, self.t), kronecker_sum(self.A, self.u, self.v)
         inner = self.activation(nn.functional.linear(y.to(D.dtype), D, self.b_D))
-        return y + nn.functional.linear(inner, U, self.b_U).to(y.dtype)
+        return y + self.alpha * nn.functional.linear(inner, U, self.b_U).to(y.dtype)
 
 
 def kronecker_sum(

@@ -53,6 +53,8 @@ class Houlsby(EditMethod):
 
 
 class _Houlsby(Edit):
+    alpha = 1.0
+
     def __init__(self, target: Target, config: Houlsby) -> None:
         super().__init__()
         d = target.d_out
@@ -60,4 +62,4 @@ class _Houlsby(Edit):
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y = base(x)
-        return y + self.adapter(y).to(y.dtype)
+        return y + self.alpha * self.adapter(y).to(y.dtype)

@@ -88,6 +88,8 @@ class LoReFT(EditMethod):
 
 
 class _LoReFT(Edit):
+    alpha = 1.0
+
     def __init__(self, target: Target, config: LoReFT) -> None:
         super().__init__()
         rank, d = config.rank, target.facts["d_model"]
@@ -109,7 +111,7 @@ class _LoReFT(Edit):
         if generated and self.ends:
             return out
         h = out if isinstance(out, Tensor) else out[0]
-        change = self.change(h).to(h.dtype)
+        change = self.alpha * self.change(h).to(h.dtype)
         if not generated:
             change = change * self.chosen(real_tokens(given.get("attention_mask"), h)).unsqueeze(-1)
         return h + change if isinstance(out, Tensor) else (h + change, *out[1:])

@@ -12,6 +12,7 @@ work as ever. The prefix itself has no positions (rotary models read P_K as it i
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -110,7 +111,9 @@ def _attention(model: HookedModel, layer: int) -> Slot:
 
 
 class _Prefix(Edit):
-    """Keys and values before those of the text."""
+    """Keys and values before those of the text. At α each of them counts α times: log α is added to its scores."""
+
+    alpha = 1.0
 
     def __init__(self, target: Target, length: int) -> None:
         super().__init__()
@@ -132,27 +135,33 @@ class _Prefix(Edit):
         given = {**dict(zip(self.names, args)), **options}
         h = first_tensor(args, options)[1]
         assert h is not None
+        if self.alpha < 0:
+            raise InputError(f"A prefix cannot be scaled by {self.alpha}: attention has no negative shares.")
         cache = _Extended(given.get(self.cache), self.K, self.V)
-        mask = self.mask(given, h.shape[1])
+        mask = self.mask(given, h)
         out = module(**{**given, self.cache: cache, "attention_mask": mask})
         if not cache.used:
             raise InputError(f"{self.path} {_NO_CACHE}")
         return out
 
-    def mask(self, given: Mapping[str, Any], queries: int) -> Tensor | None:
+    def mask(self, given: Mapping[str, Any], h: Float[Tensor, "batch pos d"]) -> Tensor | None:
         """The mask with the prefix seen by all, None where every key may be seen."""
-        mask = given.get("attention_mask")
-        length = self.K.shape[1]
+        mask, length, queries = given.get("attention_mask"), self.K.shape[1], h.shape[1]
         if mask is None:
-            if not self.causal or queries == 1:
+            if self.alpha == 1 and (not self.causal or queries == 1):
                 return None
             past = past_length(given, self.layer)
-            allowed = torch.ones(queries, length + past + queries, dtype=torch.bool, device=self.K.device)
-            return allowed.tril(length + past)[None, None]
+            mask = torch.ones(1, 1, queries, past + queries, dtype=torch.bool, device=h.device)
+            mask = mask.tril(past) if self.causal else mask
         if mask.dim() != 4:
             raise InputError(f"mam cannot extend a mask of the shape {tuple(mask.shape)}: load with sdpa.")
-        seen = mask.new_full((*mask.shape[:-1], length), mask.dtype == torch.bool)
-        return torch.cat([seen, mask], -1)
+        seen = float(mask.dtype == torch.bool)
+        if self.alpha != 1:
+            least = torch.finfo(h.dtype).min
+            if mask.dtype == torch.bool:
+                mask = h.new_zeros(mask.shape).masked_fill(~mask, least)
+            seen = math.log(self.alpha) if self.alpha > 0 else least
+        return torch.cat([mask.new_full((*mask.shape[:-1], length), seen), mask], -1)
 
 
 _NO_CACHE = "does not append to a cache of keys and values: mam cannot extend them."

@@ -115,10 +115,12 @@ class _Reads(Edit):
 
 
 class _Adds(Edit):
+    alpha = 1.0
+
     def __init__(self, handed_on: list[Tensor], adapter: Bottleneck, scale: float) -> None:
         super().__init__()
         self.handed_on, self.adapter, self.scale = handed_on, adapter, scale
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y = base(x)
-        return y + self.scale * self.adapter(self.handed_on.pop()).to(y.dtype)
+        return y + self.alpha * self.scale * self.adapter(self.handed_on.pop()).to(y.dtype)
