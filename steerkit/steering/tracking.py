@@ -2,6 +2,9 @@
 
 `Tracker` learns from the arguments of the model's trunk what its forward is about: a whole text, or, with a cache, the tokens that
 follow; and from `generate`, which is watched while the tracker is open, where the prompt ends when there is no cache.
+
+An encoder-decoder model has a tracker for each of its stacks: the encoder's text is all prompt, the decoder's begins with what it
+is given to begin with.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from steerkit.errors import InputError
+from steerkit.lens import is_transformer_lens
 from steerkit.models import HookedModel
 from steerkit.sites import first_tensor
 from steerkit.steering.where import Tokens
@@ -42,8 +46,10 @@ class Tracker:
         model: HookedModel,
         marker: str | Sequence[int] | None = None,
         prompt_lengths: Int[Tensor, " batch"] | None = None,
+        stack: str = "",
     ) -> None:
-        self.model = model
+        """`stack`: `encoder` or `decoder` of a model that has both."""
+        self.model, self.stack = model, stack
         self.marker = _marker_ids(model, marker)
         self.given = prompt_lengths
         self.tokens: Tokens | None = None
@@ -61,8 +67,9 @@ class Tracker:
             if threading.get_ident() == thread:
                 self._enter(args, kwargs)
 
-        handle = self.model.trunk.register_forward_pre_hook(enter, with_kwargs=True)
         inner: Any = self.model.model
+        trunk = getattr(inner, f"get_{self.stack}")() if self.stack else self.model.trunk
+        entered = _entered(trunk, enter)
         original = inner.generate if hasattr(inner, "generate") else None
         had = "generate" in vars(inner)
         if original is not None:
@@ -71,8 +78,13 @@ class Tracker:
             def generate(*args: Any, **kwargs: Any) -> Any:
                 if threading.get_ident() != thread or self._generating is not None:
                     return original(*args, **kwargs)
-                ids = _ids_of(args, kwargs)
-                self._generating = None if ids is None else (ids, kwargs.get("attention_mask"))
+                ids, mask = _ids_of(args, kwargs), kwargs.get("attention_mask")
+                if any(isinstance(given, str) for given in (*args, kwargs.get("input"))):
+                    raise InputError("Give `generate` token ids while steering, or call HookedModel's own.")
+                if self.stack == "decoder":
+                    begun, mask = kwargs.get("decoder_input_ids"), None
+                    ids = begun if begun is not None else None if ids is None else ids[:, :1]
+                self._generating = None if ids is None else (ids, mask)
                 self._prompt = None
                 try:
                     return original(*args, **kwargs)
@@ -81,9 +93,9 @@ class Tracker:
 
             object.__setattr__(inner, "generate", generate)
         try:
-            yield self
+            with entered:
+                yield self
         finally:
-            handle.remove()
             if original is not None:
                 if had:
                     object.__setattr__(inner, "generate", original)
@@ -102,6 +114,11 @@ class Tracker:
         batch, columns = shape.shape[:2]
         past = _past_length(kwargs)
         device = shape.device
+        if ids is None and not past and self._generating is not None:
+            given = _expanded(
+                self._generating[0], batch
+            )  # embeddings of these: a HookedTransformer's `generate`
+            ids = nn.functional.pad(given, (0, columns - given.shape[1]), value=-1)
         prompt = self._prompt
         if past and prompt is not None and not prompt.padded_right:
             length = _expanded(prompt.length, batch)
@@ -160,6 +177,33 @@ class Tracker:
         return first & torch.isin(ids, self._special.to(ids.device))
 
 
+@contextmanager
+def _entered(trunk: nn.Module, enter: Callable[[nn.Module, tuple, dict], None]) -> Iterator[None]:
+    """`enter` is called before every forward; also of a HookedTransformer, whose `generate` calls `forward` past all hooks."""
+    if not is_transformer_lens(trunk):
+        handle = trunk.register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+    own, original = vars(trunk).get("forward"), trunk.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        enter(trunk, args, kwargs)
+        return original(*args, **kwargs)
+
+    object.__setattr__(trunk, "forward", forward)
+    try:
+        yield
+    finally:
+        if own is None:
+            vars(trunk).pop("forward")
+        else:
+            object.__setattr__(trunk, "forward", own)
+
+
 def _ids_of(args: tuple, kwargs: dict) -> Tensor | None:
     for key in ("input_ids", "inputs", "input"):
         if isinstance(kwargs.get(key), Tensor):
@@ -174,9 +218,7 @@ def _past_length(kwargs: dict) -> int:
     if cache is not None:
         return int(cache.get_seq_length())
     cache = kwargs.get("past_kv_cache")
-    if cache is not None and len(cache):
-        return int(cache[0].past_keys.shape[1])
-    return 0
+    return 0 if cache is None else int(cache[0].past_keys.shape[1])
 
 
 def _expanded(rows: Tensor | None, batch: int) -> Any:

@@ -12,6 +12,7 @@ up to one that does both, the left one first. The file is safetensors, with JSON
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,6 +33,9 @@ from steerkit.steering.tracking import Tracker
 from steerkit.steering.where import Tokens, Where
 
 FORMAT = "steerkit-steering-1"
+
+_READS_ENCODER = re.compile(r"\.EncDecAttention\.[kv]$")
+"""Modules of the decoder that are given the encoder's tokens."""
 
 Strengths = float | Sequence[float] | Tensor
 
@@ -237,7 +241,11 @@ class SteeringVector:
         of each row's tokens are the prompt; without it, outside of `generate` and without a cache, all are.
         """
         self.require_fit(model, other_model=other_model)
-        with _Application(self, model, strength, where or self.where, prompt_lengths).open():
+        with ExitStack() as stack:
+            for name, part in _by_stack(self, model).items():
+                given = None if name == "encoder" else prompt_lengths
+                applied = _Application(part, model, strength, where or self.where, given, name)
+                stack.enter_context(applied.open())
             yield
 
     def __repr__(self) -> str:
@@ -256,6 +264,7 @@ class _Application:
         strength: Strengths,
         where: Where,
         prompt_lengths: Any,
+        stack: str,
     ) -> None:
         self.vector, self.model, self.where = vector, model, where
         self.rows: Tensor | None = None
@@ -269,7 +278,7 @@ class _Application:
         finite = self.rows if self.rows is not None else torch.tensor(self.strength)
         if not finite.isfinite().all():
             raise InputError(f"strength is {strength}; it must be finite.")
-        self.tracker = Tracker(model, where.marker, prompt_lengths)
+        self.tracker = Tracker(model, where.marker, prompt_lengths, stack)
         self.tracker.on_prompt = self._begin
         self.gate: Tensor | None = None
         self._edits: dict[tuple[int, torch.device, torch.dtype], Edit] = {}
@@ -371,6 +380,26 @@ class _Application:
             strength = strength.unsqueeze(-1)
         self._last = (tokens, strength)
         return strength
+
+
+def _by_stack(vector: SteeringVector, model: HookedModel) -> dict[str, SteeringVector]:
+    """The vector; of an encoder-decoder model, what acts in its `encoder` and in its `decoder`.
+
+    Raises InputError for a condition of one that is on the other.
+    """
+    if not any(name.startswith("decoder.") for name in model.sites):
+        return {"": vector}
+
+    def stack_of(path: str) -> str:
+        return "encoder" if path.startswith("encoder.") or _READS_ENCODER.search(path) else "decoder"
+
+    parts: dict[str, list[Edit]] = {}
+    for edit in vector.edits:
+        name = edit.site if edit.of_module else model.site(edit.site).name
+        parts.setdefault(stack_of(name), []).append(edit)
+    if vector.condition is not None and set(parts) != {stack_of(model.site(vector.condition.site).name)}:
+        raise InputError("The condition is on one stack and steers another: take a site of the same.")
+    return {name: replace(vector, edits=tuple(edits)) for name, edits in parts.items()}
 
 
 def _by_row(flat: Tensor, tokens: Tokens, site: str) -> Tensor:
