@@ -29,8 +29,9 @@ from steerkit.models import HookedModel
 from steerkit.objectives import LanguageModelling
 
 MAIN = (
-    "lora", "lora(rank=1)", "dora", "delora", "pissa", "svft", "shira", "ssvd", "antipasto", "psoft", "oft", "hra", "ether+", "goft",
-    "ia3", "ln_tuning", "bitfit", "randlora", "c3a", "miss", "fourierft", "vera", "tied_lora", "loreft", "houlsby", "parallel", "full",
+    "lora", "lora(rank=1)", "dora", "delora", "pissa", "svft", "shira", "ssvd", "antipasto", "psoft", "oft", "hra", "ether+",
+    "goft", "ia3", "ln_tuning", "bitfit", "randlora", "c3a", "miss", "fourierft", "vera", "tied_lora", "loreft", "houlsby",
+    "parallel", "full",
 )  # fmt: skip
 REAL = ("lora", "dora", "pissa", "svft", "ia3", "full")
 PARTS = ("storyworld", "storyworld-placement", "sst2", "sst2-placement", "llama")

@@ -189,6 +189,7 @@ def _parts(examples: Sequence[Example], tokens: int = 8192) -> list[list[int]]:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 PHRASES = "phrases"
+_SENTENCE_WORDS = 8
 Row = tuple[str, str | None, str]
 """(text, label, group)."""
 
@@ -257,18 +258,17 @@ def split_rows(
     With `phrases` (SST-2, most of whose rows are parts of others), validation and test are rows of at least eight words, and no
     training row contains one of them or is contained in one. Raises InputError when too few rows are left.
     """
-    order = np.random.default_rng(seed).permutation(len(rows))
-    shuffled = [rows[i] for i in order]
-    fit = [row for row in shuffled if len(row[0].split()) >= 8] if phrases else shuffled
+    shuffled = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
+    groups: dict[str, list[Row]] = {}
+    for row in shuffled:
+        groups.setdefault(row[2], []).append(row)
     held: dict[str, list[Row]] = {"test": [], "validation": []}
-    place: dict[str, str] = {}
-    for row in fit:
-        name = place.get(row[2]) or ("test" if len(held["test"]) < n_test else "validation")
-        if row[2] not in place and len(held["validation"]) >= max(1, n_test // 2):
-            continue
-        place[row[2]] = name
-        held[name].append(row)
-    rest = [row for row in shuffled if row[2] not in place]
+    wanted = {"test": n_test, "validation": max(1, n_test // 2)}
+    rest: list[Row] = []
+    for members in groups.values():
+        fits = not phrases or all(len(text.split()) >= _SENTENCE_WORDS for text, _, _ in members)
+        place = next((name for name, rows_ in held.items() if len(rows_) < wanted[name]), None)
+        (held[place] if fits and place is not None else rest).extend(members)
     if phrases:
         rest = _without_parts(rest, [*held["test"], *held["validation"]], n_train)
     if len(rest) < 2 or not held["validation"]:

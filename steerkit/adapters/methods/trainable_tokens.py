@@ -32,7 +32,7 @@ class TrainableTokens(AdapterMethod):
     hypothesis: ClassVar[str] = "The model can do it: only some words do not mean yet what they should."
     family: ClassVar[str] = "sparse"
     linear: ClassVar[bool] = False
-    size: ClassVar[str] = "tokens"
+    size: ClassVar[str] = ""
     modules: ClassVar[str | tuple[str, ...]] = "embedding"
     lr: ClassVar[float] = 1e-2
 
