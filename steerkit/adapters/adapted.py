@@ -281,11 +281,22 @@ class PeftAdapted(Adapted):
     def _put_in(self, name: str, folder: Path | None) -> None:
         self.peft = self._injected(folder)
         self._held = self.method.hold(self.peft, self.slots)
+        self._attached = self.method.attach(self.base, self.peft)
         self._wrap(name)
 
     def _wrap(self, name: str) -> None:
+        if self.method.no_sites:
+            self._become(self.peft, name)
+            return
         base = self.base
         HookedModel.__init__(self, Loaded(self.peft, base.tokenizer, name, base.revision, base.has_lm_head))
+
+    def site(self, name: str) -> Site:
+        if not self.method.no_sites:
+            return super().site(name)
+        raise SiteError(
+            f"{self.method.name} {self.method.no_sites}: read and steer {self.base.name} without it."
+        )
 
     def _injected(self, folder: Path | None) -> PeftModel:
         if self.method.mutates_base:
@@ -415,6 +426,8 @@ class PeftAdapted(Adapted):
 
     def _take_out(self) -> None:
         model = self.base.model
+        for attached in vars(self).get("_attached", ()):
+            attached.remove()
         if "peft" not in vars(self):
             _unwrap(model)
         elif not self.peft.active_peft_config.is_prompt_learning:
@@ -444,20 +457,14 @@ class _Portable:
 
 
 class PromptAdapted(PeftAdapted):
-    """A model with virtual tokens before the text: it gives logits, final states and text. Its sites are refused, since positions
-    are not those of the text."""
+    """A model with virtual tokens before the text: it gives logits, final states and text."""
 
     method: PromptMethod
 
     def _wrap(self, name: str) -> None:
-        self._become(self.peft, name)
+        super()._wrap(name)
         self._backend = PromptedBackend(self.base._backend, self.peft)
         self.context = self.base.context - self.method.length
-
-    def site(self, name: str) -> Site:
-        raise SiteError(
-            f"{self.method.name} adds virtual tokens that shift positions: read and steer {self.base.name} without it."
-        )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,12 @@ from steerkit.adapters import tuner
 from steerkit.adapters.slots import Slot, choose
 from steerkit.errors import InputError
 from steerkit.models import HookedModel
+
+
+class Removable(Protocol):
+    """A hook's handle, or what acts like one."""
+
+    def remove(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class AdapterMethod:
     """Whether each adapted module stays linear in its input: then it has an effective change of weight."""
     mutates_base: ClassVar[bool] = False
     """Whether peft changes the base's own weights for it."""
+    no_sites: ClassVar[str] = ""
+    """Why activations cannot be read and written under it, where they cannot."""
     size: ClassVar[str] = "rank"
     """The setting that parameters grow with; empty where there is none."""
     modules: ClassVar[str | tuple[str, ...]] = "all"
@@ -86,6 +94,10 @@ class AdapterMethod:
     def unpacked(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What `portable` was made from."""
         return state
+
+    def attach(self, base: HookedModel, model: nn.Module) -> list[Removable]:
+        """Called with `hold`: puts hooks into the base where the method needs them; what takes them out."""
+        return []
 
     def groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]] | None:
         """Parameter groups for the optimiser where they differ (LoRA+); None for the usual ones."""
@@ -156,6 +168,7 @@ class PromptMethod(AdapterMethod):
     family: ClassVar[str] = "prompt"
     merge: ClassVar[str] = "it is something read before the text, no change of weights"
     linear: ClassVar[bool] = False
+    no_sites: ClassVar[str] = "adds virtual tokens that shift positions"
     size: ClassVar[str] = "length"
     modules: ClassVar[str | tuple[str, ...]] = "prompt"
 

@@ -52,6 +52,7 @@ from steerkit.adapters.methods import (
     vblora,
     vera,
     waveft,
+    xlora,
 )
 
 __all__ = [
@@ -106,4 +107,5 @@ __all__ = [
     "vblora",
     "vera",
     "waveft",
+    "xlora",
 ]

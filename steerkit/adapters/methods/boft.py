@@ -3,7 +3,7 @@
     W' = diag(s) W R_1 … R_m,   R_j block-diagonal after a permutation, blocks (I + Q)(I - Q)⁻¹,   Q = 0, s = 1 at first
 
 Liu et al. 2023, https://arxiv.org/abs/2311.06243. peft trains Q = P - Pᵀ for a full P. More than one factor needs its CUDA
-extension (peft takes one without it, silently; here that is an error).
+extension (peft takes one without it, silently; here that is an error). Weight decay would draw s to 0 and is left out for it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from torch import nn
 
 from steerkit.adapters.base import AdapterMethod, register
 from steerkit.adapters.sizes import greatest_divisor
@@ -57,6 +59,15 @@ class BOFT(AdapterMethod):
             boft_n_butterfly_factor=self.factors,
             target_modules=self.paths(slots),
         )
+
+    def groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        turns = [p for name, p in trained if "boft_s" not in name]
+        scales = [p for name, p in trained if "boft_s" in name]
+        return [
+            {"params": turns, "lr": lr, "weight_decay": weight_decay},
+            {"params": scales, "lr": lr, "weight_decay": 0.0},
+        ]
 
     def count(self, model: HookedModel, slots: Sequence[Slot]) -> int:
         block = self.block_in(slots)
