@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from probes.methods.base import Fit, LinearFit, Method, Problems, ProbeWarning
+from probes.methods.base import Fit, LinearFit, Method, ProbeWarning, Problems
 from probes.methods.lda import Lda
 from probes.methods.least_squares import LeastSquares
 from probes.methods.logistic import Logistic
@@ -40,5 +40,7 @@ def get(method: str | Method) -> Method:
     if isinstance(method, Method):
         return method
     if method not in REGISTRY:
-        raise InputError(f"There is no probe {method!r}.{did_you_mean(method, REGISTRY)} There are {', '.join(REGISTRY)}.")
+        raise InputError(
+            f"There is no probe {method!r}.{did_you_mean(method, REGISTRY)} There are {', '.join(REGISTRY)}."
+        )
     return REGISTRY[method]()

@@ -3,8 +3,9 @@
     fit = Logistic().fit(x, problems)          # x (sites, n, d)
     fit.probabilities(x)                       # (sites, n, problems, classes)
 
-A problem is a labelling of the rows and the rows to train on: the folds of a cross-validation, the blocks of a
-code, shuffled labels and control labels are problems side by side, so that the rows are read once for all.
+A problem is a labelling of the rows and the rows to train on: the folds of a cross-validation, the blocks
+of a code, shuffled labels and control labels are problems side by side, so that the rows are read once for
+all.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class Problems:
     seed: int = 0
 
     @classmethod
-    def single(cls, codes: Int[Tensor, " n"], n_classes: int, **options: int) -> Problems:
+    def single(cls, codes: Int[Tensor, " n"], n_classes: int, seed: int = 0) -> Problems:
         """One labelling, all rows of which are trained on."""
-        return cls(codes[:, None], torch.ones(len(codes), 1, dtype=torch.bool), n_classes, **options)
+        return cls(codes[:, None], torch.ones(len(codes), 1, dtype=torch.bool), n_classes, seed=seed)
 
     @property
     def size(self) -> int:
@@ -177,7 +178,8 @@ def warn_of_few_rows(x: Float[Tensor, "S n d"], train: Bool[Tensor, "n m"], what
     fewest = int(train.sum(0).min())
     if fewest < x.shape[-1]:
         warnings.warn(
-            f"{fewest} rows to train on for {x.shape[-1]} coordinates: the classes can be told apart by chance, and {what} decides.",
+            f"{fewest} rows to train on for {x.shape[-1]} coordinates: chance can tell the classes "
+            f"apart, and {what} decides.",
             ProbeWarning,
             stacklevel=4,
         )

@@ -2,9 +2,10 @@
 
     logit_k = μ_kᵀ Σ⁻¹ x − μ_kᵀ Σ⁻¹ μ_k / 2 + log π_k           Σ = (1 − γ) S + γ tr(S)/d I
 
-S is the pooled covariance within classes, divided by n; γ is Ledoit and Wolf's (2004, J. Multivariate Analysis 88:365) unless it is
-given, found from the rows about their class means. Fisher 1936; Marks & Tegmark's mass-mean with a covariance, and for two Gaussian
-classes N(±δ/2, Σ) the best there is: accuracy Φ(√(δᵀΣ⁻¹δ) / 2).
+S is the pooled covariance within classes, divided by n; γ is Ledoit and Wolf's (2004, J. Multivariate
+Analysis 88:365) unless it is given, found from the rows about their class means. Fisher 1936; Marks &
+Tegmark's mass-mean with a covariance, and for two Gaussian classes N(±δ/2, Σ) the best there is: accuracy
+Φ(√(δᵀΣ⁻¹δ) / 2).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.methods.base import LinearFit, Method, Problems, require_all_classes
+from probes.methods.base import LinearFit, Method, Problems, require_all_classes, warn_of_few_rows
 from probes.methods.mass_mean import class_means, discriminant
 
 
@@ -31,6 +32,7 @@ class Lda(Method):
 
     def fit(self, x: Float[Tensor, "S n d"], problems: Problems) -> LinearFit:
         require_all_classes(problems)
+        warn_of_few_rows(x, problems.train, "the shrinkage")
         center = x.mean(1, dtype=torch.float64)
         x = x.double() - center[:, None]
         means = class_means(x, problems)
@@ -57,9 +59,7 @@ class Lda(Method):
         return covariance
 
 
-def ledoit_wolf(
-    residuals: Float[Tensor, "S n d"], covariance: Float[Tensor, "S d d"]
-) -> Float[Tensor, " S"]:
+def ledoit_wolf(residuals: Float[Tensor, "S n d"], covariance: Float[Tensor, "S d d"]) -> Float[Tensor, " S"]:
     """Ledoit and Wolf's shrinkage of rows about zero, 0 to 1: min(β, δ) / δ with
 
     δ = |S − μI|² / d,  β = (mean |xᵢ|⁴ − |S|²) / (n d),  μ = tr(S) / d.

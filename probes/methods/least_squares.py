@@ -2,9 +2,9 @@
 
     minimise  Σᵢ wᵢ |W x + b − t|² / Σᵢ wᵢ + α |W|² / n           t_k = +1 for the row's class, −1 for the others
 
-with x standardised on the rows to train on; two classes have one output. That is scikit-learn's RidgeClassifier(alpha,
-class_weight) after StandardScaler. Its probability is the share (1 + output) / 2, kept between 0.001 and 0.999: a linear
-probability model, not a calibrated one.
+with x standardised on the rows to train on; two classes have one output. That is scikit-learn's
+RidgeClassifier(alpha, class_weight) after StandardScaler. Its probability is the share (1 + output) / 2,
+kept between 0.001 and 0.999: a linear probability model, not a calibrated one.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
     minimise  Σᵢ wᵢ (log Σₖ exp zᵢₖ − zᵢ,yᵢ) / Σᵢ wᵢ + |W|² / (2 C n)           z = W x + b
 
-with x standardised on the rows to train on, b not penalised, and n their number; two classes have one z. That is scikit-learn's
-LogisticRegression(C, class_weight) after StandardScaler. `C` is the best of `Cs` by cross-entropy on inner folds.
+with x standardised on the rows to train on, b not penalised, and n their number; two classes have one z.
+That is scikit-learn's LogisticRegression(C, class_weight) after StandardScaler. `C` is the best of `Cs` by
+cross-entropy on inner folds.
 
-How. L-BFGS (Liu & Nocedal 1989) of all problems at once; each iteration costs two products with the rows, as the logits are linear
-along a step. It starts from the inverse of Böhning's bound (1992): the Hessian at equal probabilities, h XᵀX/n + 1/(C n), whose
-eigenvectors are found once a site.
+How. L-BFGS (Liu & Nocedal 1989) of all problems at once; each iteration costs two products with the rows,
+as the logits are linear along a step. It starts from the inverse of Böhning's bound (1992): the Hessian at
+equal probabilities, h XᵀX/n + 1/(C n), whose eigenvectors are found once a site.
 """
 
 from __future__ import annotations
@@ -107,10 +108,8 @@ def _losses(
     logits: Float[Tensor, "S n m k"], targets: Int[Tensor, "n m k"], weights: Float[Tensor, "n m"]
 ) -> Float[Tensor, "S m"]:
     """Weighted cross-entropies, in nats."""
-    if logits.shape[-1] == 1:
-        total = torch.nn.functional.softplus(logits[..., 0])
-    else:
-        total = logits.logsumexp(-1)
+    single = logits.shape[-1] == 1
+    total = torch.nn.functional.softplus(logits[..., 0]) if single else logits.logsumexp(-1)
     return ((total - (logits * targets).sum(-1)) * weights).sum(1)
 
 
@@ -156,7 +155,12 @@ class _Lbfgs:
             if 2 * int(going.any(0).sum()) <= len(left):
                 result[:, left] = theta
                 keep = going.any(0)
-                left, theta, gradient, logits = left[keep], theta[:, keep], gradient[:, keep], logits[:, :, keep]
+                left, theta, gradient, logits = (
+                    left[keep],
+                    theta[:, keep],
+                    gradient[:, keep],
+                    logits[:, :, keep],
+                )
                 loss, going = loss[:, keep], going[:, keep]
                 history = [(s[:, keep], y[:, keep], r[:, keep]) for s, y, r in history]
                 self._keep(keep)
@@ -171,7 +175,9 @@ class _Lbfgs:
             change = new_gradient - gradient
             curvature = _dot(moved, change)
             useful = curvature > torch.finfo(curvature.dtype).tiny
-            history.append((moved, change, torch.where(useful, 1 / curvature.where(useful, curvature.new_ones(())), 0.0)))
+            history.append(
+                (moved, change, torch.where(useful, 1 / curvature.where(useful, curvature.new_ones(())), 0.0))
+            )
             history = history[-_MEMORY:]
             gradient = new_gradient
         result[:, left] = theta
@@ -211,7 +217,9 @@ class _Lbfgs:
         if history:
             s, y, _ = history[-1]
             length = _dot(y, self._preconditioned(y))
-            ratio = torch.where(length > 0, _dot(s, y) / length.clamp_min(torch.finfo(length.dtype).tiny), 1.0)
+            ratio = torch.where(
+                length > 0, _dot(s, y) / length.clamp_min(torch.finfo(length.dtype).tiny), 1.0
+            )
             r = r * torch.where(ratio > 0, ratio, 1.0)[..., None, None]
         for (s, y, inverse), share in zip(history, reversed(shares)):
             r = r + (share - inverse * _dot(y, r))[..., None, None] * s
@@ -232,7 +240,9 @@ class _Lbfgs:
         length = torch.ones_like(loss)
         slack = 8 * torch.finfo(loss.dtype).eps * loss.abs()
         for _ in range(30):
-            new_loss = self._value(theta + step * length[..., None, None], logits + along * length[:, None, :, None])
+            new_loss = self._value(
+                theta + step * length[..., None, None], logits + along * length[:, None, :, None]
+            )
             bad = ~(new_loss <= loss + 1e-4 * length * slope + slack)
             if not bad.any():
                 return length, new_loss, along

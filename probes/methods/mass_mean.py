@@ -2,10 +2,11 @@
 
     δ = μ₊ − μ₋           p(+ | x) = σ(δ · (x − (μ₊ + μ₋) / 2))
 
-Marks & Tegmark 2023, https://arxiv.org/abs/2310.06824; of more than two classes the nearest mean, softmax(μ_k · x − |μ_k|² / 2).
-Its probabilities are only as good as the scale of the activations is unit variance within classes: look at accuracy and AUROC.
-The paper's variant for rows that are independent and alike, Σ⁻¹δ, is linear discriminant analysis (`Lda`).
-For two Gaussian classes N(±δ/2, Σ) the accuracy is Φ(|δ|² / (2 √(δᵀΣδ))).
+Marks & Tegmark 2023, https://arxiv.org/abs/2310.06824; of more than two classes the nearest mean,
+softmax(μ_k · x − |μ_k|² / 2). Its probabilities are only as good as the scale of the activations is unit
+variance within classes: look at accuracy and AUROC. The paper's variant for rows that are independent and
+alike, Σ⁻¹δ, is linear discriminant analysis (`Lda`). For two Gaussian classes N(±δ/2, Σ) the accuracy is
+Φ(|δ|² / (2 √(δᵀΣδ))).
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ def discriminant(
     log_prior: Float[Tensor, "S m classes"],
     center: Float[Tensor, "S d"],
 ) -> LinearFit:
-    """logit_k = weight_k · x − weight_k · mean_k / 2 + log prior_k; of two classes the difference."""
+    """logit_k = weight_k · x − weight_k · mean_k / 2 + log prior_k; less the classes' mean; of two the difference."""
     bias = log_prior - (weight * means).sum(-1) / 2
     if weight.shape[2] == 2:
         weight, bias = weight[:, :, 1:] - weight[:, :, :1], bias[..., 1:] - bias[..., :1]
+    else:
+        weight, bias = weight - weight.mean(2, keepdim=True), bias - bias.mean(2, keepdim=True)
     return LinearFit(weight, bias, center)

@@ -2,8 +2,9 @@
 
     logits = W₂ relu(W₁ x + b₁) + b₂           x standardised on the rows to train on
 
-Trained by AdamW (Loshchilov & Hutter 2019) on minibatches, all problems and sites at once, for a fixed number of passes. An
-expressive probe learns labels that have nothing to do with the model (Hewitt & Liang 2019): read it beside its control task.
+Trained by AdamW (Loshchilov & Hutter 2019) on minibatches, all problems and sites at once, for a fixed
+number of steps. An expressive probe learns labels that have nothing to do with the model (Hewitt & Liang
+2019): read it beside its control task.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Mlp(Method):
     """One hidden layer of rectified units."""
 
     hidden: int = 64
-    epochs: int = 20
+    steps: int = 500
     batch_size: int = 512
     lr: float = 3e-3
     weight_decay: float = 0.1
@@ -66,15 +67,16 @@ class Mlp(Method):
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
         weights = (problems.weights(self.balanced) * problems.train.sum(0)).float()
         with torch.enable_grad():
-            for _ in range(self.epochs):
-                order = torch.randperm(n, generator=generator).to(x.device)
-                for chosen in order.split(self.batch_size):
-                    logits = _as_seen(rows, *parameters).logits(rows.x[:, chosen])
-                    picked = logits.log_softmax(-1).gather(-1, problems.codes[chosen].expand(S, -1, -1)[..., None])
-                    loss = -(picked[..., 0] * weights[chosen]).sum() / len(chosen)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
+            for _ in range(self.steps):
+                chosen = torch.randint(n, (self.batch_size,), generator=generator).to(x.device)
+                logits = _as_seen(rows, *parameters).logits(rows.x[:, chosen])
+                picked = logits.log_softmax(-1).gather(
+                    -1, problems.codes[chosen].expand(S, -1, -1)[..., None]
+                )
+                loss = -(picked[..., 0] * weights[chosen]).sum() / len(chosen)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
         found = _as_seen(rows, *(p.detach() for p in parameters))
         raw = found.hidden_weight / rows.std[:, None, None]
         return MlpFit(raw, found.hidden_bias, found.weight, found.bias, rows.mean.float())

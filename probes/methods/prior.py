@@ -1,10 +1,4 @@
-"""No features: the class frequencies, by Laplace's rule of succession.
-
-    p(k) = (n_k + 1) / (n + K)
-
-The majority baseline, with honest probabilities. As an online code of n labels, k of them of one of two classes, read one by one,
-it takes log₂((n + 1) C(n, k)) bits.
-"""
+"""No features: the class frequencies of the rows to train on, p(k) = n_k / n. The majority baseline, with probabilities."""
 
 from __future__ import annotations
 
@@ -25,7 +19,7 @@ class Prior(Method):
     name: ClassVar[str] = "prior"
 
     def fit(self, x: Float[Tensor, "S n d"], problems: Problems) -> LinearFit:
-        logits = (problems.counts() + 1).log().T  # (m, classes)
+        logits = problems.counts().log().T  # (m, classes)
         if problems.n_classes == 2:
             logits = logits[:, 1:] - logits[:, :1]
         bias = logits.expand(len(x), *logits.shape)

@@ -13,6 +13,7 @@ from steerkit.cli import (
     doctor,
     evaluate,
     inspect,
+    probe,
     steer,
     sweep,
     train,
@@ -49,6 +50,7 @@ app.command("demo")(command(demo.demo))
 app.command("inspect")(command(inspect.inspect))
 app.command("cache")(command(cache.cache))
 app.command("dashboard")(command(dashboard.dashboard))
+app.command("probe")(command(probe.probe))
 train_app.command("sae")(command(train.train_sae))
 sweep_app.command("sae")(command(sweep.sweep_sae))
 eval_app.command("sae")(command(evaluate.eval_sae))
