@@ -263,9 +263,9 @@ class HuggingFaceBackend:
         own = [once.get(f"{b.path}.base_layer", b) for b in stack.blocks]
         inside = [[c for c in calls if c.path.startswith(b.path + ".")] for b in own]
         blocks: list[Block] = [analyse_block(self.model, b, c) for b, c in zip(own, inside)]
-        for block, whole in zip(blocks, stack.blocks):
-            if block.call is not whole:  # an adapter is around the block, and acts on what it gives
-                block.sites["hook_resid_post"], block.inner = Found(whole, "out"), block.call.path
+        for found, whole in zip(blocks, stack.blocks):
+            if found.call is not whole:  # an adapter is around the block, and acts on what it gives
+                found.sites["hook_resid_post"], found.inner = Found(whole, "out"), found.call.path
         sites = block_sites(stack, blocks)
         last = stack.blocks[-1]
         outside = [c for c in calls if not any(c.path.startswith(b.path) for b in stack.blocks)]

@@ -137,17 +137,16 @@ class _Fusion(Edit):
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y = base(x)
-        h = y.to(self.V.dtype)
-        added = self.added(h)
-        read = nn.functional.linear(h, self.Q) @ self.K
-        shares = torch.einsum("...d,...nd->...n", read, added).softmax(-1)
-        mixed = torch.einsum("...n,...nd->...d", shares, added)
-        return y + self.alpha * nn.functional.linear(mixed, self.V).to(y.dtype)
+        mixed = nn.functional.linear(self.mixed(y.to(self.V.dtype)), self.V)
+        return y + self.alpha * mixed.to(y.dtype)
 
-    def added(self, h: Float[Tensor, "*any d"]) -> Float[Tensor, "*any n d"]:
-        """δ_t"""
-        inner = self.activation(torch.einsum("...d,nmd->...nm", h, self.D) + self.b_D)
-        return torch.einsum("...nm,ndm->...nd", inner, self.U) + self.b_U
+    def mixed(self, h: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
+        """Σ_t s_t δ_t(h), without any δ_t (d wide) itself: only their insides (m wide) are kept."""
+        inside = self.activation(torch.einsum("...d,nmd->...nm", h, self.D) + self.b_D)
+        read = nn.functional.linear(h, self.Q) @ self.K
+        scores = (torch.einsum("...d,ndm->...nm", read, self.U) * inside).sum(-1) + read @ self.b_U.T
+        shares = scores.softmax(-1)
+        return torch.einsum("...nm,ndm->...d", shares.unsqueeze(-1) * inside, self.U) + shares @ self.b_U
 
     def penalty(self) -> Tensor:
         return self.strength * (self.V - torch.eye(len(self.V)).to(self.V)).pow(2).sum()
