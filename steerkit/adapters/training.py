@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,14 @@ def train(
     )
     method.finish(tuned.model)
     return outcome
+
+
+def along(
+    tuned: Adapted, objective: Objective[Any], alphas: Sequence[float], split: str = "test"
+) -> list[float]:
+    """Mean loss on a split with the adapter scaled by each α: 0 is the base, 1 what was trained."""
+    found = []
+    for alpha in alphas:
+        with tuned.scaled(alpha):
+            found.append(objective.evaluate(tuned, split).mean("loss"))
+    return found
