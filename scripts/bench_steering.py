@@ -1,11 +1,15 @@
-"""Speed of steering, ours beside others', in one process and by turns.
+"""Speed of steering, ours beside others', by turns.
 
     python scripts/bench_steering.py                                 # a Llama with random weights, 12 layers of width 512
     python scripts/bench_steering.py --model DIR --pairs PAIRS.jsonl
 
-    extraction    the mean difference at the middle layer: ours, steering-vectors, repeng (those that are installed)
+    extraction    a vector at the middle layer: our mean difference, steering-vectors' (if it is installed), repeng's pca_center
     generation    Hugging Face's `generate` alone, and with an addition at one site
     bipo          a step of ours, reference log-probabilities precomputed, beside the published scheme with a live reference model
+
+repeng wants an older numpy than steerkit: it runs in a process of its own, with the Python of an environment that has it.
+
+    python -m venv peer && peer/bin/pip install repeng && python scripts/bench_steering.py --repeng-python peer/bin/python
 
 Figures are medians with quartiles over rounds; ratios are taken within a round. The last line is one JSON object.
 """
@@ -13,14 +17,21 @@ Figures are medians with quartiles over rounds; ratios are taken within a round.
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib.util
 import json
 import platform
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +66,7 @@ def random_llama(layers: int, width: int) -> HookedModel:
     return HookedModel.from_pretrained(LlamaForCausalLM(config).eval(), tokenizer=story.tokenizer)
 
 
-def extraction(model: HookedModel, pairs: Pairs, batch: int) -> dict[str, Work]:
+def extraction(model: HookedModel, pairs: Pairs, batch: int, repeng_python: str) -> dict[str, Work]:
     """The same pairs at the same layer, last token of each side."""
     layer = (model.n_layers - 1) // 2
     site = f"blocks.{layer}.hook_resid_post"
@@ -73,22 +84,52 @@ def extraction(model: HookedModel, pairs: Pairs, batch: int) -> dict[str, Work]:
         works["steering-vectors"] = lambda: train_steering_vector(
             inner, model.tokenizer, texts, layers=[layer], read_token_index=-1, batch_size=batch
         )
-    if importlib.util.find_spec("repeng"):
-        from repeng import ControlModel, ControlVector, DatasetEntry
-
-        data = [DatasetEntry(positive=positive, negative=negative) for positive, negative in texts]
-
-        def repeng() -> Any:
-            controlled = ControlModel(inner, [layer])
-            try:
-                return ControlVector.train(
-                    controlled, model.tokenizer, data, batch_size=batch, method="pca_center"
-                )
-            finally:
-                controlled.unwrap()
-
+    else:
+        print("steering-vectors is not installed: left out.")
+    repeng = _repeng(model, texts, layer, batch, repeng_python)
+    if repeng is not None:
         works["repeng"] = repeng
     return works
+
+
+def _repeng(
+    model: HookedModel, texts: Sequence[tuple[str, str]], layer: int, batch: int, python: str
+) -> Work | None:
+    """repeng in a process of its own, which waits while the others work; None, with a line that says so, where there is none."""
+    place = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    inner: Any = model.model
+    inner.save_pretrained(place / "model")
+    model.tokenizer.save_pretrained(place / "model")
+    (place / "pairs.json").write_text(json.dumps(texts))
+    script = Path(__file__).with_name("bench_steering_repeng.py")
+    settings = [place / "model", place / "pairs.json", layer, batch, torch.get_num_threads()]
+    child = subprocess.Popen(
+        [python, str(script), *map(str, settings)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(child.kill)
+    asked, told, errors = child.stdin, child.stdout, child.stderr
+    assert asked is not None
+    assert told is not None
+    assert errors is not None
+    if told.readline().strip() != "ready":
+        reason = (errors.read().strip().splitlines() or ["it ended"])[-1]
+        print(
+            f"repeng does not run with {python} ({reason}): left out. Name a Python that has it: --repeng-python."
+        )
+        return None
+    threading.Thread(target=errors.read, daemon=True).start()
+
+    def work() -> None:
+        print("go", file=asked, flush=True)
+        if told.readline().strip() != "done":
+            raise RuntimeError("repeng stopped.")
+
+    return work
 
 
 def generation(model: HookedModel, n: int, tokens: int) -> dict[str, Work]:
@@ -184,6 +225,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="generated")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeng-python", default=sys.executable, help="of an environment with repeng")
     parser.add_argument("--parts", nargs="+", default=["extraction", "generation", "bipo"])
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -199,7 +241,7 @@ def main() -> None:
         f"{len(pairs)} pairs, batches of {arguments.batch}, {arguments.rounds} rounds by turns: medians (quartiles)"
     )
     parts: dict[str, Callable[[], dict[str, Work]]] = {
-        "extraction": lambda: extraction(model, pairs, arguments.batch),
+        "extraction": lambda: extraction(model, pairs, arguments.batch, arguments.repeng_python),
         "generation": lambda: generation(model, arguments.batch, arguments.tokens),
         "bipo": lambda: bipo(model, pairs, arguments.batch),
     }
