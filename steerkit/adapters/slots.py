@@ -13,6 +13,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -66,11 +67,19 @@ def find_slots(model: HookedModel) -> list[Slot]:
     for path, layer in model.linear_modules().items():
         last = path.removesuffix(".base_layer").rpartition(".")[2]
         named = next((kind for kind, names in NAMES.items() if last in names), "up")
-        d_out, d_in = weight_of(model.model.get_submodule(path)).shape
+        d_out, d_in = _sides(model.model.get_submodule(path))
         found.append(Slot(path, layer, ends.get(path, named), d_out, d_in))
     if not found:
         raise InputError(f"{model.name} has no linear modules in its blocks: there is nothing to adapt.")
     return found
+
+
+def _sides(module: Any) -> tuple[int, int]:
+    """(d_out, d_in); a quantised weight is packed, and has another shape."""
+    if hasattr(module, "out_features") and hasattr(module, "in_features"):
+        return module.out_features, module.in_features
+    d_out, d_in = weight_of(module).shape
+    return d_out, d_in
 
 
 def choose(

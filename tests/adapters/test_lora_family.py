@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from steerkit import adapters
+from steerkit import adapters, storyworld
 from steerkit.errors import InputError
 from steerkit.models import HookedModel
 
@@ -195,6 +195,36 @@ def test_qlora_says_what_it_lacks(model):
     there = importlib.util.find_spec("bitsandbytes") is not None
     with pytest.raises(InputError, match="is not quantised" if there else "needs bitsandbytes"):
         adapters.get(model, "qlora")
+
+
+def test_qlora_on_a_base_in_4_bits(ids):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(
+        str(storyworld.model_path()), quantization_config=config
+    )
+    base = HookedModel.from_pretrained(whole)
+    base.logits(
+        ids
+    )  # the first forward on a CPU packs the weights anew, and rounds otherwise than those after it
+    before = base.logits(ids).detach()
+    tuned = adapters.get(base, "qlora", rank=4)
+    assert torch.equal(tuned.logits(ids), before)
+    assert (
+        tuned.n_trainable
+        == tuned.method.count(base, tuned.slots)
+        == 4 * 4 * (4 * 256 + 3 * (128 + tuned.slots[-1].d_in))
+    )
+    step(tuned, ids)
+    assert not torch.equal(tuned.logits(ids), before)
+    with tuned.disabled():
+        assert torch.equal(tuned.logits(ids), before)
+    with pytest.raises(InputError, match="4 bits again"):
+        tuned.merge("nowhere")
+    tuned.remove()
+    assert torch.equal(base.logits(ids), before)
+    with pytest.raises(InputError, match="quantised"):
+        adapters.get(base, "svft")
 
 
 @pytest.mark.parametrize("name", ["olora", "osf", "hra", "oft"])
