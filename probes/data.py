@@ -325,7 +325,7 @@ def ceiling(
         return None
     values = storyworld.ATTRIBUTES[data.attribute]
     found = np.empty((len(rows), len(values)))
-    for index, chosen in _by_text(rows.text):
+    for index, chosen in _rows_of_texts(rows.text):
         tokens = storyworld.language.split(data.texts[index])
         if by_token:
             belief = storyworld.posterior(tokens, attributes=[data.attribute])[data.attribute]
@@ -350,7 +350,7 @@ def _reads_words(model: HookedModel, data: LabelledData) -> bool:
     )
 
 
-def _by_text(text: Int[np.ndarray, " n"]) -> Iterator[tuple[int, Int[np.ndarray, " k"]]]:
+def _rows_of_texts(text: Int[np.ndarray, " n"]) -> Iterator[tuple[int, Int[np.ndarray, " k"]]]:
     """(text, its rows), texts in order."""
     starts = np.flatnonzero(np.concatenate([[True], text[1:] != text[:-1]]))
     for rows in np.split(np.arange(len(text)), starts[1:]):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from probes.linear import save_probes
+from probes.methods import MassMean
 from probes.study import SiteResult, Study
 from steerkit.plots import page
 from steerkit.runs import write_json
@@ -224,8 +225,15 @@ def _table(study: Study) -> str:
 
 
 def _row(site: str, method: str, scores: Any, result: SiteResult | None) -> str:
-    figures = (scores.accuracy, scores.auroc, scores.cross_entropy, scores.ece)
-    cells = "".join(f'<td class="number">{_shown(value)}</td>' for value in figures)
+    figures = [
+        _shown(scores.accuracy),
+        _shown(scores.auroc),
+        _shown(scores.cross_entropy),
+        _shown(scores.ece),
+    ]
+    if method == MassMean.name:  # its probabilities have no scale
+        figures[2:] = ["–", "–"]
+    cells = "".join(f'<td class="number">{figure}</td>' for figure in figures)
     code = "–" if result is None or result.mdl is None else f"{result.mdl.bits:,.0f}"
     style = f' style="{_QUIET}"' if result is None else ""
     return f'<tr{style}><td>{html.escape(site)}</td><td>{html.escape(method)}</td>{cells}<td class="number">{code}</td></tr>'

@@ -32,7 +32,7 @@ from probes.data import LabelledData, ProbeRows, Reading, ceiling, load_labelled
 from probes.latents import latent_probes
 from probes.linear import LinearProbe, Probe
 from probes.mdl import OnlineCode, online_code
-from probes.methods import Logistic, Method, ProbeWarning, get
+from probes.methods import Logistic, MassMean, Method, ProbeWarning, get
 from probes.scores import HeldOut, Scores, difference, difference_on_other_labels
 from probes.splits import Classes, encode_labels
 from sae.architectures import SAE
@@ -432,6 +432,6 @@ def _with_causal_check(
 
 
 def _badness(result: SiteResult) -> float:
-    if result.method == "mass_mean":  # its probabilities have no scale
+    if result.method == MassMean.name:  # its probabilities have no scale
         return -result.scores.accuracy.estimate
     return result.scores.cross_entropy.estimate

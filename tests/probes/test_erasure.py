@@ -184,7 +184,7 @@ def test_inside_the_model_the_concept_is_gone_and_afterwards_all_is_as_before(mo
 def test_applied_to_a_model_it_acts_at_every_position_and_leaves_nothing(model):
     g = torch.Generator().manual_seed(0)
     eraser = fit_eraser(torch.randn(500, 128, generator=g), torch.arange(500) % 2, SITE)
-    ids = torch.tensor([model.tokenizer(tenses(1).texts[0])["input_ids"]])
+    ids = torch.tensor([model.tokenizer(tenses(10).texts[0])["input_ids"]])
     before, seen = model.logits(ids), model.run(ids, sites=[SITE])[SITE]
     with eraser.applied_to(model):
         torch.testing.assert_close(model.run(ids, sites=[SITE])[SITE], eraser(seen))

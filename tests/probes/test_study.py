@@ -224,12 +224,12 @@ def test_a_latent_that_is_the_label_is_found():
 def test_true_and_false_statements_are_told_apart_by_a_sentence_encoder_a_little(bert):
     """A smoke test: better than chance, far from certain, and shuffled labels at chance."""
     config = StudyConfig(
-        texts=300, n_folds=4, Cs=(1e-3, 1e-2), methods=("logistic", "mass_mean"), random_model=False, mdl=False,
-        sites=("hook_embed", "blocks.2.hook_resid_post", "blocks.5.hook_resid_post"),
+        texts=250, n_folds=3, Cs=(1e-3,), methods=("logistic", "mass_mean"), random_model=False, mdl=False,
+        sites=("hook_embed", "blocks.5.hook_resid_post"),
     )  # fmt: skip
     found = probe_model(bert, str(DATA / "facts_true_false.csv"), config)
     assert found.reading == "mean"
-    assert found.rows == 300 > found.groups  # some statements stand there twice
+    assert found.rows == 250 >= found.groups
     assert 0.5 < found.best.scores.accuracy.estimate < 0.8
     assert found.best.shuffled.accuracy.low < 0.5 < found.best.shuffled.accuracy.high
     assert any("the penalty decides" in note for note in found.notes)
