@@ -1,5 +1,7 @@
 """Every adapter: what it starts from, what it trains, what it leaves behind."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -228,3 +230,8 @@ def test_mistakes_are_named(model):
         adapters.get(model, "svft", layers=[9])
     with pytest.raises(InputError, match="rank"):
         adapters.get(model, "svft", rnk=3)
+
+
+def test_the_docs_tell_of_every_method():
+    text = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+    assert [name for name in ALL if f"`{name}`" not in text] == []
