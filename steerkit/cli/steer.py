@@ -174,7 +174,8 @@ def sweep_vectors(
         typer.Option("--n-prompts", help="Prompts: a third to choose by, the rest to report. [180]"),
     ] = None,
     sae: Annotated[
-        Path | None, typer.Option("--sae", help="A trained autoencoder's run: FGAA is among the methods.")
+        Path | None,
+        typer.Option("--sae", exists=True, help="A trained autoencoder's run: FGAA is among the methods."),
     ] = None,
     seeds: Annotated[
         int, typer.Option("--seeds", help="Sweeps with seeds of their own, told as mean and spread.")
