@@ -106,6 +106,8 @@ class Evidence:
     """95 %, Student's t over seeds."""
     factor: float
     """B."""
+    forgetting: tuple[float, float, float] | None
+    """How much more is forgotten than by the controls, nats a token: (difference, its 95 % interval). It moves no credence."""
 
     @property
     def decided(self) -> int:
@@ -115,27 +117,45 @@ class Evidence:
 
 def weigh(claim: Claim, study: str, result: Mapping[str, Any]) -> Evidence | None:
     """The evidence of one study's results; None where no pair of the claim was run with two seeds or more."""
-    from scipy.stats import norm, t
+    from scipy.stats import norm
 
     sign = 1 if result["config"]["task"]["higher_is_better"] else -1
     rows = {row["method"]: row for row in result["rows"]}
-    found = {
-        pair: sign * (np.array(rows[pair[0]]["by_seed"]) - np.array(rows[pair[1]]["by_seed"]))
-        for pair in claim.pairs
-        if pair[0] in rows and pair[1] in rows
-    }
-    if not found or len(next(iter(found.values()))) < 2:
+    pairs = [pair for pair in claim.pairs if pair[0] in rows and pair[1] in rows]
+    scores = {name: sign * np.array(row["by_seed"]) for name, row in rows.items()}
+    if not pairs or len(scores[pairs[0][0]]) < 2:
         return None
-    by_seed = np.mean(list(found.values()), axis=0)
-    n, mean = len(by_seed), float(by_seed.mean())
-    error = max(float(by_seed.std(ddof=1)) / math.sqrt(n), 1e-12)
-    half = float(t.ppf(0.975, n - 1)) * error
+    mean, error, interval = _mean_difference(scores, pairs)
     spread = max(float(np.std([row["metric_mean"] for row in rows.values()], ddof=1)), 1e-12)
     z = mean / error / math.sqrt(1 + (error / spread) ** 2)
     log_factor = float(norm.logcdf(z) - norm.logcdf(-z))
     factor = math.exp(min(max(log_factor, -math.log(MOST_EVIDENCE)), math.log(MOST_EVIDENCE)))
-    pairs = {pair: float(values.mean()) for pair, values in found.items()}
-    return Evidence(study, result["config"]["model"], pairs, mean, (mean - half, mean + half), factor)
+    forgotten = {
+        name: np.array(
+            [run["forgetting"] for run in result["runs"] if run["method"] == name and run["final"]],
+            dtype=float,
+        )
+        for name in rows
+    }
+    forgetting = None
+    if all(np.isfinite(forgotten[name]).all() for pair in pairs for name in pair):
+        more, _, between = _mean_difference(forgotten, pairs)
+        forgetting = (more, *between)
+    told = {(a, b): float((scores[a] - scores[b]).mean()) for a, b in pairs}
+    return Evidence(study, result["config"]["model"], told, mean, interval, factor, forgetting)
+
+
+def _mean_difference(
+    values: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, str]]
+) -> tuple[float, float, tuple[float, float]]:
+    """(mean over pairs and seeds, its standard error over seeds, 95 % interval)."""
+    from scipy.stats import t
+
+    by_seed = np.mean([values[a] - values[b] for a, b in pairs], axis=0)
+    n, mean = len(by_seed), float(by_seed.mean())
+    error = max(float(by_seed.std(ddof=1)) / math.sqrt(n), 1e-12)
+    half = float(t.ppf(0.975, n - 1)) * error
+    return mean, error, (mean - half, mean + half)
 
 
 def posterior(claim: Claim, evidence: Sequence[Evidence]) -> float:
@@ -176,8 +196,8 @@ def write_hypotheses(folder: str | Path) -> Path:
 
 def _markdown(weighed: Mapping[Claim, Sequence[Evidence]]) -> str:
     lines = [
-        "| claim | pairs | study | difference [95 %] | B | credence | |",
-        "|---|---|---|---|---|---|---|",
+        "| claim | pairs | study | difference [95 %] | forgetting [95 %] | B | credence | |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for claim, evidence in weighed.items():
         moved = f"{claim.prior:.2f} → {posterior(claim, evidence):.2f}"
@@ -185,12 +205,15 @@ def _markdown(weighed: Mapping[Claim, Sequence[Evidence]]) -> str:
             pairs = ", ".join(f"{a} − {b} {d:+.3g}" for (a, b), d in e.pairs.items())
             first = (claim.name, moved, headline(claim, evidence)) if i == 0 else ("", "", "")
             between = f"{e.difference:+.3g} [{e.interval[0]:+.3g}, {e.interval[1]:+.3g}]"
-            lines.append(
-                f"| {first[0]} | {pairs} | {e.study} | {between} | {e.factor:.2g} | {first[1]} | {first[2]} |"
-            )
+            cells = (first[0], pairs, e.study, between, _forgetting(e), f"{e.factor:.2g}", *first[1:])
+            lines.append(f"| {' | '.join(cells)} |")
         if not evidence:
-            lines.append(f"| {claim.name} | – | – | – | – | {moved} | not measured |")
+            lines.append(f"| {claim.name} | – | – | – | – | – | {moved} | not measured |")
     return "\n".join(lines) + "\n"
+
+
+def _forgetting(e: Evidence) -> str:
+    return "–" if e.forgetting is None else "{:+.2g} [{:+.2g}, {:+.2g}]".format(*e.forgetting)
 
 
 def _page(weighed: Mapping[Claim, Sequence[Evidence]], studies: Mapping[str, Any]) -> list[Any]:
@@ -254,7 +277,7 @@ def _table(evidence: Sequence[Evidence]) -> str:
         f"<tr><td>{html.escape(e.study)}</td>"
         f"<td>{'<br>'.join(f'{html.escape(a)} − {html.escape(b)}: {d:+.3g}' for (a, b), d in e.pairs.items())}</td>"
         f"<td class='number'>{e.difference:+.3g} [{e.interval[0]:+.3g}, {e.interval[1]:+.3g}]</td>"
-        f"<td class='number'>{e.factor:.2g}</td></tr>"
+        f"<td class='number'>{e.factor:.2g}</td><td class='number'>{_forgetting(e)}</td></tr>"
         for e in evidence
     )
     return (

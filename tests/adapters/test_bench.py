@@ -183,12 +183,18 @@ def study(x, y, model="m", higher=True):
         for name, values in (("x", x), ("y", y), ("z", [0.2] * len(x)))
     ]
     task = {"higher_is_better": higher}
-    return {"config": {"task": task, "model": model, "seeds": len(x)}, "rows": rows}
+    runs = [
+        {"method": row["method"], "final": True, "forgetting": 0.1 * (row["method"] == "x")}
+        for row in rows
+        for _ in row["by_seed"]
+    ]
+    return {"config": {"task": task, "model": model, "seeds": len(x)}, "rows": rows, "runs": runs}
 
 
 def test_no_difference_moves_no_credence():
     found = weigh(CLAIM, "s", study([0.5, 0.7, 0.6], [0.6, 0.6, 0.6]))
     assert found.factor == pytest.approx(1)
+    assert found.forgetting == pytest.approx((0.1, 0.1, 0.1))
     assert posterior(CLAIM, [found]) == pytest.approx(0.5)
     assert found.decided == 0
 
