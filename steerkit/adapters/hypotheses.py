@@ -6,10 +6,10 @@ A claim is tested by pairs of methods that differ in it alone, or nearly: one th
 parameters. In each study (a model and its data) the difference of their scores is taken seed by seed and averaged over the claim's
 pairs, in units of the spread s between all methods of the study. A credence p is then moved by
 
-    odds ← odds · B,   B = Φ(z) / Φ(-z),   z = d̂ / σ̂ · 1/√(1 + σ̂²/s²)       (d̂, σ̂: the mean difference and its standard error)
+    odds ← odds · B,   B = T(z) / T(-z),    z = d̂ / σ̂ · 1/√(1 + σ̂²/s²)       (d̂, σ̂: the mean difference and its standard error)
 
-the posterior odds of d > 0 against d < 0 when d ~ N(0, s²) at first, held between 1/10 and 10: no single model and data set can
-say more. A claim is headlined only where two models agree and both intervals exclude zero.
+the posterior odds of d > 0 against d < 0 when d ~ N(0, s²) at first (T: Student's t over the seeds), held between 1/10 and 10: no
+single model and data set can say more. A claim is headlined only where two models agree and both intervals exclude zero.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Evidence:
 
 def weigh(claim: Claim, study: str, result: Mapping[str, Any]) -> Evidence | None:
     """The evidence of one study's results; None where no pair of the claim was run with two seeds or more."""
-    from scipy.stats import norm
+    from scipy.stats import t
 
     sign = 1 if result["config"]["task"]["higher_is_better"] else -1
     rows = {row["method"]: row for row in result["rows"]}
@@ -128,7 +128,8 @@ def weigh(claim: Claim, study: str, result: Mapping[str, Any]) -> Evidence | Non
     mean, error, interval = _mean_difference(scores, pairs)
     spread = max(float(np.std([row["metric_mean"] for row in rows.values()], ddof=1)), 1e-12)
     z = mean / error / math.sqrt(1 + (error / spread) ** 2)
-    log_factor = float(norm.logcdf(z) - norm.logcdf(-z))
+    freedom = len(scores[pairs[0][0]]) - 1
+    log_factor = float(t.logcdf(z, freedom) - t.logcdf(-z, freedom))
     factor = math.exp(min(max(log_factor, -math.log(MOST_EVIDENCE)), math.log(MOST_EVIDENCE)))
     forgotten = {
         name: np.array(
@@ -281,8 +282,8 @@ def _table(evidence: Sequence[Evidence]) -> str:
         for e in evidence
     )
     return (
-        "<table><tr><th>study</th><th>pairs</th><th class='number'>difference [95 %]</th><th class='number'>factor of "
-        "the odds</th></tr>"
+        "<table><tr><th>study</th><th>pairs</th><th class='number'>difference [95 %]</th>"
+        "<th class='number'>factor of the odds</th><th class='number'>forgotten besides, nats a token</th></tr>"
         f"{rows}</table>"
     )
 
