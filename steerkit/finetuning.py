@@ -38,6 +38,7 @@ from steerkit.finetune import DRRho, OptimiseConfig, batch_order
 from steerkit.loading import parse_dtype
 from steerkit.models import HookedModel
 from steerkit.objectives import Objective, autocast
+from steerkit.optimisers import optimiser_class
 from steerkit.runs import Run, make_provenance, peak_memory_mb, progress, reset_peak_memory
 
 WEIGHTS = "weights.safetensors"
@@ -56,7 +57,7 @@ class FinetuneConfig(OptimiseConfig):
     head_lr: float | None = None
     """Peak learning rate of the objective's head; `lr` if None."""
     optimiser: str = "AdamW"
-    """A class of `torch.optim`."""
+    """A class of `torch.optim` or `steerkit.optimisers`."""
     accumulation: int = 1
     """Parts that gradients of each process's share of a batch are computed in, one after another, and added up."""
     gradient_checkpointing: bool = False
@@ -86,10 +87,7 @@ class FinetuneConfig(OptimiseConfig):
             raise InputError(f"dtype is {self.dtype!r}; it is bf16, or None for that of the weights.")
         if self.tau is not None:
             DRRho(self.tau, self.gamma)
-        kind = getattr(torch.optim, self.optimiser, None)
-        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-            near = did_you_mean(self.optimiser, [name for name in dir(torch.optim) if name[0].isupper()])
-            raise InputError(f"torch.optim has no optimiser {self.optimiser!r}.{near}")
+        optimiser_class(self.optimiser)
 
 
 @dataclass(frozen=True)
@@ -369,7 +367,7 @@ class _Training:
                 "weight_decay": 0.0,
             },
         ]
-        kind = getattr(torch.optim, config.optimiser)
+        kind = optimiser_class(config.optimiser)
         options = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
         taken = inspect.signature(kind).parameters
         return kind(
