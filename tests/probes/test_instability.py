@@ -94,6 +94,7 @@ def test_the_jackknife_leaves_out_runs_not_pairs():
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*rows are few")
 def test_representations_are_compared_by_any_measure():
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(60, 5, generator=generator)
