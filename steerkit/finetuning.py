@@ -368,7 +368,11 @@ class _Training:
             },
         ]
         kind = optimiser_class(config.optimiser)
-        options = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+        options: dict[str, Any] = {
+            "lr": config.lr,
+            "betas": config.betas,
+            "weight_decay": config.weight_decay,
+        }
         taken = inspect.signature(kind).parameters
         return kind(
             [group for group in made if group["params"]],
