@@ -534,12 +534,12 @@ def logit_effects(model: HookedModel, sae: SAE, site: str) -> dict[str, np.ndarr
     """
     name = model.site(site).name
     direct = name.rsplit(".", 1)[-1] in _RESIDUAL_SITES or name in ("hook_embed", "ln_final")
-    if not (direct and sae.d_in == model.d_model and _has_linear_head(model)):
+    if not (direct and sae.d_in == model.d_model and has_linear_head(model)):
         return {"logit_ids": None, "logit_values": None}
     W_U = model.W_U.detach().float()
     directions = sae.W_dec.detach().float().to(W_U.device)
     if name != "ln_final":
-        directions = _through_final_norm(model, directions)
+        directions = through_final_norm(model, directions)
     n = min(N_LOGITS, W_U.shape[1] // 2)
     ids, values = [], []
     for part in sae.latent_chunks(max(1, 2**26 // W_U.shape[1])):
@@ -550,7 +550,7 @@ def logit_effects(model: HookedModel, sae: SAE, site: str) -> dict[str, np.ndarr
     return {"logit_ids": torch.cat(ids).numpy(), "logit_values": torch.cat(values).numpy()}
 
 
-def _has_linear_head(model: HookedModel) -> bool:
+def has_linear_head(model: HookedModel) -> bool:
     """Whether logits are a matrix times the final state, up to a bias and a soft cap: u(x) + u(-x) = 2 u(0)."""
     if not model.has_lm_head:
         return False
@@ -563,7 +563,7 @@ def _has_linear_head(model: HookedModel) -> bool:
     return torch.allclose(there + back, 2 * zero, atol=2e-2 * float((there - zero).abs().max()))
 
 
-def _through_final_norm(model: HookedModel, directions: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+def through_final_norm(model: HookedModel, directions: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Directions as the final norm passes them on, but for its division by the stream's size.
 
     The gain is read off the module's answer to a vector of mean 0 and variance 1, so it is right for every

@@ -60,12 +60,14 @@ class Replay:
         return found[-1], final
 
     @torch.no_grad()
-    def again(self, change: ActivationHook) -> Float[Tensor, "batch pos d_model"]:
-        """Final states of the last batch with `change` at the site."""
+    def again(self, change: ActivationHook, copies: int = 1) -> Float[Tensor, "copies*batch pos d_model"]:
+        """Final states of the last batch, or of `copies` of it laid end to end, with `change` at the site."""
         if self._batch is None:
             raise RuntimeError("Replay.again needs a batch: call run first.")
-        with self._replaying(), self.model.hooks({self.site: change}):
-            return self.model.final(*self._batch)
+        ids, mask = self._batch
+        mask = None if mask is None else mask.repeat(copies, 1)
+        with self._replaying(copies), self.model.hooks({self.site: change}):
+            return self.model.final(ids.repeat(copies, 1), mask)
 
     def _gives(self, final: Tensor) -> bool:
         """Whether a run without the skipped blocks ends in the same final states."""
@@ -93,14 +95,15 @@ class Replay:
             handle.remove()
 
     @contextmanager
-    def _replaying(self) -> Iterator[None]:
-        """The skipped blocks give what the last of them gave, to this thread."""
+    def _replaying(self, copies: int) -> Iterator[None]:
+        """The skipped blocks give what the last of them gave, so many times, to this thread."""
         thread = threading.get_ident()
+        rows = 0 if self._batch is None else len(self._batch[0])
 
         def instead(forward: Any) -> Any:
             def given(*args: Any, **kwargs: Any) -> Any:
                 mine = threading.get_ident() == thread
-                return _copied(self._given) if mine else forward(*args, **kwargs)
+                return _copied(self._given, copies, rows) if mine else forward(*args, **kwargs)
 
             return given
 
@@ -132,10 +135,11 @@ def _blocks_before(model: HookedModel, name: str) -> list[nn.Module]:
     return []
 
 
-def _copied(output: Any) -> Any:
-    """A block's output with tensors of its own, which the rest of the model may overwrite."""
+def _copied(output: Any, copies: int = 1, rows: int = 0) -> Any:
+    """A block's output with tensors of its own, which the rest of the model may overwrite; what has `rows` rows, so many times."""
     if isinstance(output, Tensor):
-        return output.clone()
+        batched = copies > 1 and output.shape[:1] == (rows,)  # a bias of positions is of all rows alike
+        return output.repeat(copies, *[1] * (output.dim() - 1)) if batched else output.clone()
     if isinstance(output, (tuple, list)):
-        return type(output)(_copied(item) for item in output)
+        return type(output)(_copied(item, copies, rows) for item in output)
     return output

@@ -51,6 +51,21 @@ def test_a_replay_ends_where_a_whole_run_does(family):
             assert not torch.equal(expected, final)
 
 
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_several_copies_of_a_batch_run_in_one_forward(family):
+    model = HookedModel.from_pretrained(build(family))
+    name = next(n for n, s in model.sites.items() if s.verified and n.endswith("1.hook_resid_post"))
+    replay = Replay(model, name)
+    ids, mask = batch_for(model)
+    replay.run(ids, mask)
+    factor = torch.tensor([1.0, 0.5]).repeat_interleave(len(ids))[:, None, None]
+    both = replay.again(lambda act: act * factor, copies=2)
+    for rows, part in zip(both.split(len(ids)), (1.0, 0.5)):
+        torch.testing.assert_close(
+            rows, replay.again(lambda act, part=part: act * part), rtol=1e-4, atol=1e-5
+        )
+
+
 @pytest.mark.parametrize("family", CAUSAL)
 def test_blocks_before_the_site_are_not_computed_again(family):
     model = HookedModel.from_pretrained(build(family))
