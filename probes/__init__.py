@@ -2,6 +2,7 @@
 
 probe = probes.fit_linear(acts[site], labels)
 found = probes.probe_model(model, "storyworld:mood")
+report = probes.compare(base, tuned, "storyworld");  report.save("report.html")
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ if TYPE_CHECKING:
     from probes.attention import attention_scores, read_attention, rotary_usage
     from probes.attribution import attribute
     from probes.causal import causal_check
+    from probes.comparison import ComparisonConfig, compare
     from probes.contrasts import Contrast
     from probes.controls import control_codes
     from probes.crossval import cross_validate
     from probes.data import load_labelled, read_rows
+    from probes.dictionaries import compare_dictionaries
     from probes.direct import direct_attribution
     from probes.erasure import Eraser, LeaceFitter, fit_eraser
     from probes.freezing import freezing_sweep
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from probes.study import StudyConfig, probe_model
 
 _EXPORTS = {
+    "ComparisonConfig": "probes.comparison",
     "Contrast": "probes.contrasts",
     "Eraser": "probes.erasure",
     "HeldOut": "probes.scores",
@@ -55,6 +59,8 @@ _EXPORTS = {
     "attention_scores": "probes.attention",
     "attribute": "probes.attribution",
     "causal_check": "probes.causal",
+    "compare": "probes.comparison",
+    "compare_dictionaries": "probes.dictionaries",
     "control_codes": "probes.controls",
     "critical_batch": "probes.noise_scale",
     "cross_validate": "probes.crossval",
@@ -89,6 +95,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "ComparisonConfig",
     "Contrast",
     "Eraser",
     "HeldOut",
@@ -106,6 +113,8 @@ __all__ = [
     "attention_scores",
     "attribute",
     "causal_check",
+    "compare",
+    "compare_dictionaries",
     "control_codes",
     "critical_batch",
     "cross_validate",

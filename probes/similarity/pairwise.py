@@ -190,7 +190,7 @@ def _with_nulls(
     settings = {**settings, "interval": False}
     drawn: dict[SitePair, list[float]] = {sites: [] for sites in found.pairs}
     for _ in range(permutations):
-        permuted = rows.with_b(_shuffled(len(rows), groups, generator))
+        permuted = rows.with_b(shuffled(len(rows), groups, generator))
         for sites, estimate in _fed(permuted, found.measure, settings, seed).estimates().items():
             drawn[sites].append(estimate.interval.estimate)
     return {
@@ -206,7 +206,7 @@ def _null(value: float, drawn: Float[np.ndarray, " permutations"]) -> Null:
     )
 
 
-def _shuffled(n: int, groups: Int[Tensor, " n"] | None, generator: torch.Generator) -> Int[Tensor, " n"]:
+def shuffled(n: int, groups: Int[Tensor, " n"] | None, generator: torch.Generator) -> Int[Tensor, " n"]:
     """An order of rows: at random, or whole documents at random, set end to end over the documents as they stand.
 
     Documents of one length take each other's places row by row, so that what depends on the position alone stays in the null.

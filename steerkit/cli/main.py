@@ -7,6 +7,7 @@ import typer
 from steerkit.cli import (
     adapt,
     cache,
+    compare,
     convert,
     dashboard,
     demo,
@@ -51,6 +52,7 @@ app.command("inspect")(command(inspect.inspect))
 app.command("cache")(command(cache.cache))
 app.command("dashboard")(command(dashboard.dashboard))
 app.command("probe")(command(probe.probe))
+app.command("compare")(command(compare.compare))
 train_app.command("sae")(command(train.train_sae))
 sweep_app.command("sae")(command(sweep.sweep_sae))
 eval_app.command("sae")(command(evaluate.eval_sae))
