@@ -137,7 +137,7 @@ class RotaryUsage:
     frequencies: Float[np.ndarray, " f"]
     """Radians a token, highest first; a last 0 for coordinates that are not rotated, if there are any."""
     share: Float[np.ndarray, "layers heads f"] = field(repr=False)
-    """Of the logits' variance over keys; sums to 1."""
+    """Of the logits' variance over keys; sums to 1, but is 0 for a head whose logits are all the same."""
     norm: Float[np.ndarray, "layers heads f"] = field(repr=False)
     """Mean of |q_f||k_f| over the pairs of tokens, times the attention's scaling."""
 
@@ -243,7 +243,7 @@ def rotary_usage(
     max_tokens: int | None = 4096,
     batch_tokens: int = 1024,
 ) -> RotaryUsage:
-    """Shares of rotary frequencies in every head's logits on texts.
+    """Shares of rotary frequencies in every head's logits between the tokens of texts that count.
 
     Raises InputError for models without rotary embeddings, or whose attention cannot be read.
     """
@@ -258,7 +258,9 @@ def rotary_usage(
             sums[layer] = sums.get(layer, 0) + rotary.sums(call, seen[:, None])
         n_pairs += int(seen.sum())
     covariance, variance, norm = torch.stack([sums[layer] for layer in sorted(sums)]).cpu().unbind(1)
-    share = covariance / variance
+    if not bool((variance > 0).any()):
+        raise InputError("No query sees two different tokens: give longer texts.")
+    share = torch.where(variance > 0, covariance / variance, 0.0)
     speeds = np.append(rotary.frequencies, np.zeros(share.shape[-1] - len(rotary.frequencies)))
     return RotaryUsage(speeds, share.numpy(), (norm / n_pairs).numpy())
 

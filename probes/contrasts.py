@@ -24,6 +24,7 @@ from torch import Tensor
 
 from steerkit.errors import InputError, NumericsError
 from steerkit.models import HookedModel
+from steerkit.sites import evaluating
 from steerkit.tokens import BATCH_TOKENS
 
 Metric = Callable[[Float[Tensor, "rows d_vocab"], Int[Tensor, " rows"]], Float[Tensor, " rows"]]
@@ -283,10 +284,11 @@ class Contrast:
     @torch.no_grad()
     def values(self, run: Run) -> Float[Tensor, " n"]:
         """The metric of a run as it is."""
-        found = [
-            self.measure(run, run.model.final(run.ids[pairs], run.mask[pairs]), pairs)[0]
-            for pairs, _ in self.batches()
-        ]
+        with evaluating(run.model.model):
+            found = [
+                self.measure(run, run.model.final(run.ids[pairs], run.mask[pairs]), pairs)[0]
+                for pairs, _ in self.batches()
+            ]
         return torch.cat(found).cpu()
 
     @cached_property

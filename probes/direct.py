@@ -104,8 +104,6 @@ def direct_attribution(
     logits = run.logits(stream.final[:, None].expand(-1, run.ids.shape[1], -1), slice(0, len(run)))
     rows = torch.arange(len(run), device=logits.device)
     total = logits[rows, right] if other is None else LogitDifference(right, other)(logits, rows)
-    if not bool(total.isfinite().all()):
-        raise NumericsError(f"The logits of {model.name} are NaN or inf.")
     layers, n = model.n_layers, len(run)
     heads = values[1 : 1 + layers * model.n_heads].view(layers, model.n_heads, n)
     bias, mlps = values[1 + layers * model.n_heads :].view(2, layers, n)
@@ -129,6 +127,8 @@ class _Stream:
         self.mlps = torch.stack([self._read(acts[name]) for name in names["hook_mlp_out"]])
         self.last = self._read(acts[names["hook_resid_post"][-1]])
         self.final = self._read(model.final(run.ids, run.mask))
+        if not bool(self.final.isfinite().all()):
+            raise NumericsError(f"The final states of {model.name} are NaN or inf.")
         attention = torch.stack([self._read(acts[name]) for name in names["hook_attn_out"]])
         self.heads, self.attention_bias = self._split(acts, names["attn.hook_z"], names["hook_attn_out"])
         for i, (whole, split) in enumerate(zip(attention, self.heads.sum(1) + self.attention_bias)):

@@ -119,6 +119,8 @@ def head_importance(
     batches = list(
         token_batches(model, texts, tokenization, batch_tokens=batch_tokens, max_tokens=max_tokens)
     )
+    if not any(bool(_counted(model, batch).any()) for batch in batches):
+        raise InputError("No token of the texts is followed by another: give longer ones.")
     with evaluating(model.model):
         found = _by_gradient(model, sites, batches) if method == "gradient" else _by_ablation(
             model, sites, batches, mean=method == "mean"
@@ -223,10 +225,11 @@ def _by_gradient(model: HookedModel, sites: Sequence[str], batches: Sequence[Tok
             losses = F.cross_entropy(logits.transpose(1, 2), following, reduction="none") * followed
             example = losses.sum(1) / followed.sum(1).clamp_min(1)
             slopes = torch.autograd.grad(example.sum(), [kept[site][1] for site in sites])
+        whole = (followed.sum(1) > 0).cpu()
         products = [(kept[site][0] * slope).sum(1).float() for site, slope in zip(sites, slopes)]
         by_head = torch.stack([p.view(len(p), model.n_heads, -1).sum(-1).abs().cpu() for p in products], 1)
-        scores.append(by_head.flatten(1).double().numpy())
-        documents.append(batch.document.cpu().numpy())
+        scores.append(by_head.flatten(1)[whole].double().numpy())
+        documents.append(batch.document.cpu()[whole].numpy())
     document = np.concatenate(documents)
     sums = group_sums(np.concatenate(scores), document)
     counts = group_sums(np.ones((len(document), 1)), document)[:, 0]

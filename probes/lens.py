@@ -197,9 +197,13 @@ def read_lens(
             acts = [stream[rows.where] for stream in streams]
             states = final[rows.where]
             for part in torch.arange(len(states)).split(max(1, _LOGITS // model.d_vocab)):
+                if not len(part):
+                    continue
                 target = None if rows.answers is None else rows.answers[part]
                 found.append(reader.measure([act[part] for act in acts], states[part], target))
                 found[-1].append(rows.document[part].numpy())
+    if not found:
+        raise InputError("No token of the texts is followed by another: give longer ones, or answers.")
     columns = [np.concatenate(parts, axis=-1) for parts in zip(*found)]
     kl, top, document = columns[0], columns[1], columns[-1]
     probability, rank = columns[2:4] if len(columns) == 5 else (None, None)
@@ -281,6 +285,8 @@ class _Reader:
         final = self.norm(streams[-1])
         if not self._checked:
             true = self.model.final(ids, mask)
+            if not bool(true[mask.bool()].isfinite().all()):
+                raise NumericsError(f"The final states of {self.model.name} are NaN or inf.")
             if final.shape != true.shape or not torch.allclose(final, true, rtol=1e-3, atol=1e-3):
                 raise InputError(
                     f"{self.model.name} has more than a norm between its last block and its unembedding: "

@@ -232,6 +232,8 @@ class _Best:
 def _chosen(model: HookedModel, layer: int, neurons: Iterable[int] | None) -> list[int]:
     width = model.site(f"blocks.{layer}.mlp.hook_post").width
     chosen = list(range(width) if neurons is None else neurons)
+    if not chosen:
+        raise InputError("There are no neurons to look at: give at least one.")
     for neuron in chosen:
         if not 0 <= neuron < width:
             raise InputError(f"There is no neuron {neuron} in layer {layer}: {model.name} has 0–{width - 1}.")

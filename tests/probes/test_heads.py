@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from probes.attention import attention_scores, read_attention, rotary_usage
 from probes.heads import head_importance
 from probes.neurons import key_contexts, neuron_memories, value_rows, value_tokens
-from steerkit.errors import InputError, SiteError
+from steerkit.errors import InputError, NumericsError, SiteError
 from steerkit.models import HookedModel
 from steerkit.storyworld.tokenizer import build_tokenizer
 from tests.core.families import FAMILIES, build
@@ -233,6 +233,26 @@ def test_a_head_that_uses_one_frequency_is_found(words):
     share = rotary_usage(model, TEXTS).share[1]
     np.testing.assert_allclose(share[2], [0, 1, 0, 0], atol=1e-6)
     assert np.abs(share[0]).min() > 1e-6
+
+
+def test_texts_of_one_token_are_refused(llama):
+    for read in (head_importance, rotary_usage):
+        with pytest.raises(InputError, match="give longer"):
+            read(llama, ["Tom"])
+    with pytest.raises(InputError, match="give longer"):
+        head_importance(llama, ["Tom"], "gradient")
+    with pytest.raises(InputError, match="at least one"):
+        value_tokens(llama, 0, [])
+
+
+@pytest.mark.parametrize("method", ["zero", "gradient"])
+def test_nan_is_named(words, method):
+    model = model_of("llama", words)
+    model.model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match="NaN"):
+        head_importance(model, TEXTS, method)
+    with pytest.raises(NumericsError, match="layer 2"):
+        read_attention(model, TEXTS[0])
 
 
 def test_models_without_rotary_embeddings_or_one_stack_are_refused(words):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from probes.direct import direct_attribution
+from probes.direct import _unembedding, direct_attribution
 from probes.lens import TunedLens, fit_tuned_lens, read_lens
 from steerkit import storyworld
-from steerkit.errors import CheckpointError, InputError
+from steerkit.errors import CheckpointError, InputError, NumericsError
 from steerkit.models import HookedModel
 from tests.core.families import build
 from tests.probes.linear_model import build_linear
@@ -137,14 +137,23 @@ def test_a_capped_head_is_no_sum(world):
         num_key_value_heads=2, head_dim=8, final_logit_softcapping=5.0,
     )  # fmt: skip
     torch.manual_seed(0)
-    from probes.direct import _unembedding
-
     model = HookedModel.from_pretrained(Gemma2ForCausalLM(config).eval())
     with pytest.raises(InputError, match="soft cap"):
         _unembedding(model, torch.tensor([5]), torch.tensor([7]))
     bfloat = HookedModel.from_pretrained(build("llama").bfloat16())
     with pytest.raises(InputError, match="float32"):
         direct_attribution(bfloat, PROMPTS, answers=5)
+
+
+def test_nan_is_named_and_texts_of_one_token_refused(world):
+    model = HookedModel.from_pretrained(build("llama"))
+    model.model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match="NaN"):
+        read_lens(model, PROMPTS, answers=5)
+    with pytest.raises(NumericsError, match="NaN"):
+        direct_attribution(model, PROMPTS, answers=5)
+    with pytest.raises(InputError, match="followed by another"):
+        read_lens(world, ["Tom"])
 
 
 def test_what_is_found_can_be_read_and_drawn(world, texts):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
+from probes.attention import read_attention
 from probes.attribution import attribute
 from probes.contrasts import Contrast
 from probes.patching import Place, heads, latents, patch, sites
@@ -270,8 +271,6 @@ def test_an_answer_is_one_token_that_the_model_knows(world):
 def test_patching_finds_where_storyworlds_claim_reads_the_fact(world):
     """Of an honest character: the last token's stream turns from one colour to the other in the layer of the head that
     looks at the object's colour, and nothing before the first mention matters."""
-    from probes.attention import read_attention
-
     row = next(r for r in storyworld.persona_pairs(["colour"], 20, 3) if r["truth"] == "red")
     clean = row["positive"]
     contrast = Contrast.of_prompts(
