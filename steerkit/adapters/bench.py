@@ -77,6 +77,8 @@ class BenchResult:
     base: dict[str, Any]
     """Of the model as it is: `scores` by set, `unrelated` loss."""
     rows: list[dict[str, Any]]
+    skipped: list[dict[str, str]]
+    """Methods that cannot be put into the model, each with the reason."""
     runs: list[dict[str, Any]]
     """Every run, those of the search too."""
 
@@ -114,11 +116,10 @@ class Cell:
 def bench(
     model: HookedModel, task: Task, config: BenchConfig, *, out: str | Path | None = None, quiet: bool = True
 ) -> BenchResult:
-    """Compare methods. The model is left as it was. Raises InputError for a method that cannot be put into it."""
+    """Compare methods. The model is left as it was; a method that cannot be put into it is left out, with the reason."""
     budgets = config.budgets or (_lora_parameters(model, config),)
-    return compare(
-        model, task, list(_cells(model, config, budgets)), config, baseline=BASELINE, out=out, quiet=quiet
-    )
+    cells, skipped = _cells(model, config, budgets)
+    return compare(model, task, cells, config, baseline=BASELINE, skipped=skipped, out=out, quiet=quiet)
 
 
 def compare(
@@ -128,10 +129,16 @@ def compare(
     config: BenchConfig,
     *,
     baseline: str,
+    skipped: Sequence[dict[str, str]] = (),
     out: str | Path | None = None,
     quiet: bool = True,
 ) -> BenchResult:
-    """Run the cells; `baseline` is the label of those that the others are compared with. See `bench`."""
+    """Run the cells; `baseline` is the label of those that the others are compared with. See `bench`.
+
+    Raises InputError when there are none.
+    """
+    if not cells:
+        raise InputError("No method is left: " + " ".join(entry["reason"] for entry in skipped))
     bencher = _Bencher(model, task, config, Path(out) if out is not None else None)
     with progress(len(cells) * (config.grid + config.seeds), "adapters", "runs", quiet=quiet) as bar:
         rows = [bencher.row(cell, bar) for cell in cells]
@@ -145,7 +152,7 @@ def compare(
         "task": task.settings(),
         "baseline": baseline,
     }
-    result = BenchResult(described, bencher.base, rows, bencher.runs)
+    result = BenchResult(described, bencher.base, rows, list(skipped), bencher.runs)
     if out is not None:
         write_json(Path(out) / "results.json", asdict(result))
     return result
@@ -156,20 +163,31 @@ def _lora_parameters(model: HookedModel, config: BenchConfig) -> int:
     return lora.count(model, lora.targets(model, config.modules, config.layers))
 
 
-def _cells(model: HookedModel, config: BenchConfig, budgets: Sequence[int]) -> Iterator[Cell]:
-    """A method at each budget; one without a size once."""
-    where: dict[str, Any] = {"modules": config.modules, "layers": config.layers}
+def _cells(
+    model: HookedModel, config: BenchConfig, budgets: Sequence[int]
+) -> tuple[list[Cell], list[dict[str, str]]]:
+    """A method at each budget, one without a size once; and those that do not fit the model."""
+    found: list[Cell] = []
+    skipped: list[dict[str, str]] = []
     for text in config.methods:
-        name, settings = parse(text)
-        if not METHODS[name].size or METHODS[name].size in settings:
-            yield Cell(text, make(name, **settings), None, **where)
-            continue
-        seen: list[AdapterMethod] = []
-        for budget in budgets:
-            method = fit_size(model, name, settings, budget, where)
-            if method not in seen:
-                seen.append(method)
-                yield Cell(text, method, budget, **where)
+        try:
+            found += _cells_of(model, text, config, budgets)
+        except InputError as error:
+            skipped.append({"method": text, "reason": str(error)})
+    return found, skipped
+
+
+def _cells_of(model: HookedModel, text: str, config: BenchConfig, budgets: Sequence[int]) -> list[Cell]:
+    where: dict[str, Any] = {"modules": config.modules, "layers": config.layers}
+    name, settings = parse(text)
+    sized = bool(METHODS[name].size) and METHODS[name].size not in settings
+    found: list[Cell] = []
+    for budget in budgets if sized else (None,):
+        method = make(name, **settings) if budget is None else fit_size(model, name, settings, budget, where)
+        if all(cell.method != method for cell in found):
+            get(model, method, **where).remove()
+            found.append(Cell(text, method, budget, **where))
+    return found
 
 
 def _reference(row: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

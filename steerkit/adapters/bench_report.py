@@ -43,6 +43,7 @@ def write_report(result: BenchResult, path: str | Path) -> Path:
         "to the one nearest in size. “Merge error” is the greatest change of the final states when the adapter is put into the "
         "weights, as a share of the greatest state.</p>",
         _table(result),
+        _left_out(result),
         "<h2>Learning rates</h2>",
         "<p>Validation loss of one seed, which is not among those reported, at every rate that was tried; the circle is the one "
         "that was taken. A grid is drawn out while its best lies on its edge.</p>",
@@ -244,6 +245,14 @@ def _table(result: BenchResult) -> str:
         f"<th{'' if i < 2 else ' class=number'}>{html.escape(title)}</th>" for i, title in enumerate(head)
     )
     return f'<div style="overflow-x: auto; white-space: nowrap"><table><tr>{titles}</tr>{"".join(rows)}</table></div>'
+
+
+def _left_out(result: BenchResult) -> str:
+    items = "".join(
+        f"<li><code>{html.escape(entry['method'])}</code>: {html.escape(entry['reason'])}</li>"
+        for entry in result.skipped
+    )
+    return f"<p>Left out:</p><ul style='{_QUIET}'>{items}</ul>" if items else ""
 
 
 def _failed(row: Row) -> str:

@@ -220,7 +220,7 @@ def bench_adapters(
     hooked = load_model(chosen.model, chosen.device, None)
     result = bench(hooked, _task(hooked, chosen), chosen.bench, out=out, quiet=quiet)
     write_report(result, out / "report.html")
-    summary = {"base": result.base, "results": result.rows}
+    summary = {"base": result.base, "results": result.rows, "skipped": result.skipped}
     run.finish(summary)
     for row in result.rows:
         sd = "" if row["metric_sd"] is None else f" ± {row['metric_sd']:.3f}"
@@ -228,6 +228,8 @@ def bench_adapters(
             f"{row['method']:<24}{row['trainable_params']:>10,}  {row['metric']} {row['metric_mean']:.4f}{sd}",
             quiet=quiet,
         )
+    for entry in result.skipped:
+        say(f"{entry['method']:<24}left out: {entry['reason']}", quiet=quiet)
     say(f"{out / 'report.html'}", quiet=quiet)
     emit(summary, as_json=json)
 

@@ -85,6 +85,17 @@ def test_it_leaves_the_model_alone_and_reports_what_was_run(model, task, tmp_pat
     assert "lora(rank=2)" in page
 
 
+def test_a_method_that_does_not_fit_is_left_out_with_the_reason(task, tmp_path):
+    model = HookedModel.from_pretrained("storyworld")  # has no biases
+    config = BenchConfig(methods=("bitfit", "ia3"), seeds=1, grid=1, extend=0, batch_size=4)
+    result = bench(model, task, config)
+    assert [row["method"] for row in result.rows] == ["ia3"]
+    assert "no biases" in result.skipped[0]["reason"]
+    assert "no biases" in write_report(result, tmp_path / "report.html").read_text()
+    with pytest.raises(InputError, match="No method is left"):
+        bench(model, task, BenchConfig(methods=("bitfit",)))
+
+
 def test_the_grid_is_drawn_out_while_its_best_lies_on_the_edge(model, task):
     config = BenchConfig(methods=("full",), seeds=1, grid=3, extend=3, batch_size=4)
     rate = adapters.METHODS["full"].lr
