@@ -41,7 +41,7 @@ from probes.study import EMBEDDING, default_sites
 from probes.weights import matched, parts, weights_of, weights_set
 from steerkit import storyworld
 from steerkit.data import load_documents
-from steerkit.errors import InputError
+from steerkit.errors import InputError, SteerkitError
 from steerkit.loading import Loaded
 from steerkit.models import HookedModel
 from steerkit.objectives import Evaluation, LanguageModelling, Score
@@ -245,15 +245,15 @@ class Comparison:
         probe = next(iter(self.probes.values()), None)
         sweep = next(iter(self.rollback.values()), None)
         alone = {} if sweep is None else {s.at: s.change.difference.estimate for s in sweep.of_kind("single")}
-        rows = []
-        for found in self.layers:
-            before, after = (
-                None if probe is None else side[found.site].accuracy.estimate
-                for side in ((probe.base, probe.tuned) if probe else ({}, {}))
-            )
-            own = {"probe_base": before, "probe_tuned": after, "rollback_delta": alone.get(found.layer)}
-            rows.append(found.to_dict() | own)
-        return rows
+        return [
+            found.to_dict()
+            | {
+                "probe_base": None if probe is None else probe.base[found.site].accuracy.estimate,
+                "probe_tuned": None if probe is None else probe.tuned[found.site].accuracy.estimate,
+                "rollback_delta": alone.get(found.layer),
+            }
+            for found in self.layers
+        ]
 
     def save(self, path: str | Path) -> Path:
         """Write the page, with plotly.min.js beside it."""
@@ -285,11 +285,11 @@ def compare(
 ) -> Comparison:
     """Compare two models on a text.
 
-    `data` is `storyworld`, one of its attributes or variants, a table, a list of texts, or a `LabelledData`; `labels` name
-    attributes of StoryWorld or columns of the table (default: honesty and mood; `label` where there is one). `scores` are what a
-    model is worth besides its loss on the text, the most important first. `tuned_in` opens what has to be around each forward of
-    the tuned model: `lambda: model.steer(vector)` with the model on both sides. An adapter from `adapters.get` is compared with
-    the model it is in. `out` is a directory for summary.json and report.html.
+    `data` is `storyworld`, one of its attributes or variants, a table, a list of texts, or a `LabelledData` (read whole);
+    `labels` name attributes of StoryWorld or columns of the table (default: honesty and mood; `label` where there is one).
+    `scores` are what a model is worth besides its loss on the text, the most important first. `tuned_in` opens what has to be
+    around each forward of the tuned model: `lambda: model.steer(vector)` with the model on both sides. An adapter from
+    `adapters.get` is compared with the model it is in. `out` is a directory for summary.json and report.html.
 
     Raises InputError for one class only, data without text, and models that have no site in common; NumericsError on NaN.
     """
@@ -312,7 +312,10 @@ def compare(
         probes = {own.name: _probes(own, rows, reader, left_out) for own in labelled}
         bar.advance(1, done="probes fitted")
         evaluations = _evaluations(reader, texts, scores or {}, left_out)
-        changes = {name: _score_change(before, after, evaluate) for name, evaluate in evaluations.items()}
+        changes = {
+            name: _score_change(before, after, evaluate, config.seed)
+            for name, evaluate in evaluations.items()
+        }
         bar.advance(1, done="scored")
         weights, sweeps = _weights_and_rollback(reader, texts, evaluations, left_out)
         bar.advance(1, done="rolled back")
@@ -320,22 +323,22 @@ def compare(
         str(w.message) for w in caught if issubclass(w.category, (SimilarityWarning, ProbeWarning))
     )
     found = Comparison(
-        base.name,
-        tuned.name,
-        texts.name,
-        rows[0].reading,
-        len(rows[0]),
-        len(np.unique(rows[0].text)),
-        layers,
-        cka,
-        {name: own for name, own in probes.items() if own is not None},
-        changes,
-        sweeps,
-        weights,
-        tuple(left_out),
-        tuple(notes),
-        config,
-        time.perf_counter() - started,
+        base=base.name,
+        tuned=tuned.name,
+        data=texts.name,
+        reading=rows[0].reading,
+        rows=len(rows[0]),
+        texts=len(np.unique(rows[0].text)),
+        layers=layers,
+        cka=cka,
+        probes={name: own for name, own in probes.items() if own is not None},
+        scores=changes,
+        rollback=sweeps,
+        weights=weights,
+        left_out=tuple(left_out),
+        notes=tuple(notes),
+        config=config,
+        seconds=time.perf_counter() - started,
     )
     if out is not None:
         found.save(Path(out) / "report.html")
@@ -370,14 +373,14 @@ def _load(
     if isinstance(data, LabelledData):
         if labels:
             raise InputError(f"{data.name} has its labels already: leave out labels.")
-        return data, [replace(data, name=data.attribute or data.name)]
+        return _bare(data, data.name), [replace(data, name=data.attribute or data.name)]
     story, _, what = str(data).partition(":") if isinstance(data, (str, Path)) else ("", "", "")
     if story == "storyworld" and what not in storyworld.VARIANTS:
         if what and labels:
             raise InputError(f"{data} names its label already: leave out labels, or give storyworld.")
         names = [what] if what else list(labels or STORY_LABELS)
         read = [load_labelled(f"storyworld:{n}", n_texts=config.texts, seed=config.seed) for n in names]
-        return replace(read[0], name=str(data)), [replace(r, name=n) for n, r in zip(names, read)]
+        return _bare(read[0], str(data)), [replace(r, name=n) for n, r in zip(names, read)]
     documents = load_documents(data, text_column=text_column)
     chosen = list(labels or [])
     if labels is None and _has_column(documents, "label"):
@@ -391,6 +394,11 @@ def _load(
     return texts, [
         LabelledData.of(found, [value(i) for i in kept], name=name) for name, value in columns.items()
     ]
+
+
+def _bare(data: LabelledData, name: str) -> LabelledData:
+    """The texts without their labels."""
+    return replace(data, labels=[""] * len(data), name=name)
 
 
 def _has_column(documents: Any, name: str) -> bool:
@@ -408,8 +416,7 @@ def _same_tokens(base: HookedModel, tuned: HookedModel, texts: Sequence[str]) ->
             raise InputError(f"{model.name} has no tokenizer: load the model with tokenizer=….")
     if base.tokenizer is tuned.tokenizer:
         return True
-    some = list(texts[:50])
-    ids = [model.tokenizer(some)["input_ids"] for model in (base, tuned)]
+    ids = [model.tokenizer(list(texts))["input_ids"] for model in (base, tuned)]
     return bool(ids[0] == ids[1])
 
 
@@ -634,12 +641,12 @@ def _evaluations(
     return {**scores, "loss": loss}
 
 
-def _score_change(before: _Side, after: _Side, evaluate: Evaluate) -> ScoreChange:
+def _score_change(before: _Side, after: _Side, evaluate: Evaluate, seed: int) -> ScoreChange:
     found = []
     for side in (before, after):
         with side.inside():
             found.append(Scored.of(evaluate(side.model), None, side.model.name))
-    return ScoreChange(found[0].interval(), found[1].interval(), found[1].less(found[0], 2000, 0))
+    return ScoreChange(found[0].interval(), found[1].interval(), found[1].less(found[0], 2000, seed))
 
 
 def _weights_and_rollback(
@@ -659,7 +666,7 @@ def _weights_and_rollback(
                 name: rollback_sweep(plain, base, evaluate, kinds=kinds, seed=seed)
                 for name, evaluate in evaluations.items()
             }
-    except (InputError, ValueError, NotImplementedError, AttributeError) as error:
+    except InputError as error:
         left_out.append(f"weight changes and rollback: {str(error).rstrip('.')}")
         return (), {}
 
@@ -688,7 +695,15 @@ def _plain(side: _Side) -> HookedModel:
     if not hasattr(model, "merge_and_unload"):
         return own
     copied: Any = copy.deepcopy(model)
-    merged = copied.unload() if side.without_adapter else copied.merge_and_unload(safe_merge=True)
+    try:
+        merged = copied.unload() if side.without_adapter else copied.merge_and_unload(safe_merge=True)
+    except (
+        ValueError,
+        NotImplementedError,
+        AttributeError,
+        SteerkitError,
+    ) as error:  # peft has no error of its own
+        raise InputError(f"the adapter of {own.name} is no change of weights ({error})") from error
     return HookedModel(Loaded(merged, own.tokenizer, own.name, own.revision, own.has_lm_head))
 
 
@@ -703,7 +718,7 @@ def _require_equal(plain: HookedModel, reader: _Reader, texts: LabelledData) -> 
     if not apart < rounding:
         raise InputError(
             f"{reader.after.model.name} is not what its weights alone would be (final states are {apart:.2g} apart): its "
-            "adapter is no change of weights"
+            "adapter does more than change them"
         )
 
 

@@ -73,7 +73,7 @@ def _of_drift(layers: Sequence[Figures]) -> Iterator[str]:
     if len(still) == len(moved):
         return
     most, change = max(moved, key=lambda item: item[1]["estimate"])
-    told = f"Activations moved most at {_named(most['layer'])}: by {change['estimate']:.2g} {_ends(change)} of their size"
+    told = f"Activations moved most at {_named(most['layer'])}: by {change['estimate']:.3g} {_ends(change)} of their size"
     alike = [row["layer"] for row, other in moved if row is not most and _overlap(other, change)]
     yield told + (f"; {_listed(map(_named, alike))} cannot be told from it." if alike else ".")
 
@@ -519,7 +519,7 @@ def _between(ends: Sequence[float], digits: int) -> str:
 
 
 def _ends(interval: Figures) -> str:
-    return f"[{interval['low']:.2g}, {interval['high']:.2g}]"
+    return f"[{interval['low']:.3g}, {interval['high']:.3g}]"
 
 
 def _signed(interval: Figures) -> str:

@@ -126,6 +126,19 @@ def test_an_adapter_is_compared_with_the_model_it_sits_in(base):
         assert w.norm == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
+def test_an_adapter_that_is_no_change_of_weights_has_no_weights_to_roll_back():
+    own = HookedModel.from_pretrained("storyworld")
+    tuned = adapters.get(own, "houlsby")
+    with torch.no_grad():
+        for parameter in tuned.trainable().values():
+            parameter.fill_(0.02)
+    found = compare(own, tuned, TEXTS, config=replace(SMALL, rollback=True))
+    assert found.layers[1].drift.relative_change.estimate > 0
+    assert not found.weights
+    assert not found.rollback
+    assert any("is no change of weights" in reason for reason in found.left_out)
+
+
 def test_a_steered_model_is_the_base_with_something_around_it(base):
     site = "blocks.1.hook_resid_post"
     vector = torch.ones(base.d_model)
@@ -169,11 +182,13 @@ def test_models_of_other_tokenizers_are_compared_text_by_text(base):
     other = HookedModel.from_pretrained(str(STORIES260K))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SimilarityWarning)
-        found = compare(base, other, TEXTS, config=SMALL)
-    assert (found.reading, found.rows) == ("mean", len(TEXTS))
+        found = compare(base, other, labels=["tense", "voice"], config=SMALL)
+    assert (found.reading, found.rows) == ("mean", SMALL.texts)
     told = "\n".join(found.left_out)
     assert "each row is a text" in told
     assert "nats a token are not comparable" in told
+    assert "probes of voice: it labels tokens" in told
+    assert list(found.probes) == ["tense"]
     assert "loss" not in found.scores
 
 
