@@ -46,7 +46,8 @@ def write_report(result: BenchResult, path: str | Path) -> Path:
         _left_out(result),
         "<h2>Learning rates</h2>",
         "<p>Validation loss of one seed, which is not among those reported, at every rate that was tried; the circle is the one "
-        "that was taken. A grid is drawn out while its best lies on its edge.</p>",
+        "that was taken. A grid is drawn out, so often as is asked for, while its best lies on its edge; where it still "
+        "does, the table says “edge”.</p>",
         _rates(result),
     ]
     return page(f"Adapters: {task['name']}", parts, path)
@@ -225,7 +226,7 @@ def _table(result: BenchResult) -> str:
                 f"<td class='number'>{text}</td>"
                 for text in (
                     f"{row['trainable_params']:,}",
-                    f"{row['lr']:.2g}",
+                    f"{row['lr']:.2g}" + (" (edge)" if _on_edge(row) else ""),
                     _with_spread(row["metric_mean"], row["metric_sd"]) + _failed(row),
                     _against(row["difference"]),
                     *(
@@ -253,6 +254,11 @@ def _left_out(result: BenchResult) -> str:
         for entry in result.skipped
     )
     return f"<p>Left out:</p><ul style='{_QUIET}'>{items}</ul>" if items else ""
+
+
+def _on_edge(row: Row) -> bool:
+    """Whether a rate beyond those that were tried might have been better."""
+    return len(row["tried"]) > 1 and row["lr"] in (row["tried"][0][0], row["tried"][-1][0])
 
 
 def _failed(row: Row) -> str:
