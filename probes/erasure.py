@@ -20,7 +20,6 @@ without the concept.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,10 +30,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from steerkit.errors import CheckpointError, InputError, NumericsError
+from steerkit.errors import InputError, NumericsError
 from steerkit.models import HookedModel
-from steerkit.runs import atomic_write
 from steerkit.sites import ActivationHook
+from steerkit.value_files import read_values, write_values
 
 FORMAT = "steerkit-eraser-1"
 _TOLERANCE = 1e-12
@@ -76,28 +75,13 @@ class Eraser:
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file, whole or not at all."""
-        from safetensors.torch import save
-
-        tensors = {name: getattr(self, name).cpu().contiguous() for name in ("left", "right", "mean")}
-        known = json.dumps({"format": FORMAT, "site": self.site})
-        atomic_write(path, save(tensors, metadata={"steerkit": known}))
-        return Path(path)
+        tensors = {name: getattr(self, name) for name in ("left", "right", "mean")}
+        return write_values(path, tensors, {"format": FORMAT, "site": self.site})
 
     @classmethod
     def load(cls, path: str | Path) -> Eraser:
         """Read what `save` wrote. Raises InputError for a missing or foreign file, CheckpointError for a damaged one."""
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise InputError(f"{path} does not exist.")
-        try:
-            with safe_open(path, "pt") as file:
-                known = json.loads((file.metadata() or {}).get("steerkit", "{}"))
-                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged or no safetensors file: {error}.") from error
-        if known.get("format") != FORMAT:
-            raise InputError(f"{path} holds no eraser of steerkit.")
+        tensors, known = read_values(path, "eraser", FORMAT)
         return cls(**tensors, site=known["site"])
 
     def __repr__(self) -> str:

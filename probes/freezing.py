@@ -23,12 +23,12 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from probes.rollback import error_bars
 from probes.weights import preserved
 from steerkit.errors import InputError, NumericsError
 from steerkit.finetuning import FinetuneConfig, Select, everything, finetune, layers, trainable
 from steerkit.models import HookedModel
 from steerkit.objectives import Evaluation, Objective
+from steerkit.plots import error_bars
 from steerkit.runs import write_json
 from steerkit.stats import Interval, group_sums, jackknife
 

@@ -28,7 +28,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probes.rollback import error_bars
 from probes.similarity import similarity
 from probes.similarity.base import Side
 from probes.weights import preserved
@@ -36,6 +35,7 @@ from steerkit.errors import InputError, NumericsError
 from steerkit.finetuning import FinetuneConfig, Outcome, Select, everything, finetune, layers, trainable
 from steerkit.models import HookedModel
 from steerkit.objectives import Classification, Evaluation, Objective, autocast
+from steerkit.plots import error_bars
 from steerkit.runs import write_json
 from steerkit.sites import evaluating
 from steerkit.stats import Interval, jackknife_of

@@ -27,11 +27,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.rollback import Evaluate, Scored, error_bars
+from probes.rollback import Evaluate, Scored
 from probes.weights import Weights, matched, weights_set
 from steerkit.errors import InputError
 from steerkit.finetuning import everything
 from steerkit.models import HookedModel
+from steerkit.plots import error_bars
 from steerkit.sites import is_transposed
 from steerkit.stats import Interval
 

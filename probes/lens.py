@@ -17,7 +17,6 @@ machine. After the last block there is nothing to translate: its KL is 0.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +30,12 @@ from torch.nn import functional as F
 
 from probes.contrasts import Answers, Prompt, Run, answer_ids
 from steerkit.data import Documents, load_documents
-from steerkit.errors import CheckpointError, InputError, NumericsError
+from steerkit.errors import InputError, NumericsError
 from steerkit.models import HookedModel
-from steerkit.runs import atomic_write
 from steerkit.sites import evaluating
 from steerkit.stats import Interval, group_sums, jackknife
 from steerkit.tokens import BATCH_TOKENS, TokenBatch, Tokenization, token_batches
+from steerkit.value_files import read_values, write_values
 
 FORMAT = "steerkit tuned lens 1"
 _LOGITS = 2**25
@@ -62,28 +61,12 @@ class TunedLens(nn.Module):
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file, whole or not at all."""
-        from safetensors.torch import save
-
-        known = json.dumps({"format": FORMAT, "model": self.fingerprint})
-        tensors = {name: value.cpu().contiguous() for name, value in self.state_dict().items()}
-        atomic_write(path, save(tensors, metadata={"steerkit": known}))
-        return Path(path)
+        return write_values(path, self.state_dict(), {"format": FORMAT, "model": self.fingerprint})
 
     @classmethod
     def load(cls, path: str | Path) -> TunedLens:
         """Read what `save` wrote. Raises InputError for a missing or foreign file, CheckpointError for a damaged one."""
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise InputError(f"{path} does not exist.")
-        try:
-            with safe_open(path, "pt") as file:
-                known = json.loads((file.metadata() or {}).get("steerkit", "{}"))
-                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged or no safetensors file: {error}.") from error
-        if known.get("format") != FORMAT or set(tensors) != {"weight", "bias"}:
-            raise InputError(f"{path} holds no tuned lens of steerkit.")
+        tensors, known = read_values(path, "tuned lens", FORMAT)
         n_layers, d_model = tensors["bias"].shape
         lens = cls(n_layers, d_model, known["model"])
         lens.load_state_dict(tensors)

@@ -10,7 +10,6 @@ A figure of a probe on the rows that it was fitted on says nothing: see `probes.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,8 +24,8 @@ from torch import Tensor
 from probes.methods import LinearFit, Method, MlpFit, ProbeWarning, Problems, get
 from probes.methods.base import Fit, Link, to_probabilities
 from probes.splits import Classes, Labels, encode_labels, grouped_folds
-from steerkit.errors import CheckpointError, InputError, NumericsError
-from steerkit.runs import atomic_write, jsonable
+from steerkit.errors import InputError, NumericsError
+from steerkit.value_files import read_values, write_values
 
 FORMAT = "steerkit-probes-1"
 _STACK_BYTES = 1 << 29
@@ -264,39 +263,19 @@ def probe_of(fit: Fit, site: int, problem: int, classes: Classes, method: str, n
 
 def save_probes(probes: Mapping[str, Probe], path: str | Path) -> Path:
     """Write probes by name to one safetensors file, whole or not at all."""
-    from safetensors.torch import save
-
     tensors: dict[str, Tensor] = {}
     known: dict[str, Any] = {}
     for i, (name, probe) in enumerate(probes.items()):
         values = vars(probe)
         kind = next(key for key, value in _KINDS.items() if type(probe) is value)
-        tensors |= {
-            f"{i}.{k}": v.detach().cpu().contiguous() for k, v in values.items() if isinstance(v, Tensor)
-        }
+        tensors |= {f"{i}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
         known[name] = {"kind": kind, **{k: v for k, v in values.items() if not isinstance(v, Tensor)}}
-    path = Path(path)
-    metadata = {"steerkit": json.dumps({"format": FORMAT, "probes": jsonable(known)})}
-    atomic_write(path, save(tensors, metadata=metadata))
-    return path
+    return write_values(path, tensors, {"format": FORMAT, "probes": known})
 
 
 def load_probes(path: str | Path) -> dict[str, Probe]:
     """Read what `save_probes` wrote. Raises InputError for a missing or foreign file, CheckpointError for a damaged one."""
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} does not exist.")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}.") from error
-    known = json.loads(metadata.get("steerkit", "{}"))
-    if known.get("format") != FORMAT:
-        raise InputError(f"{path} holds no probes of steerkit.")
+    tensors, known = read_values(path, "probe", FORMAT)
     found = {}
     for i, (name, values) in enumerate(known["probes"].items()):
         own = {key.split(".", 1)[1]: value for key, value in tensors.items() if key.startswith(f"{i}.")}

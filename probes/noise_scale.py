@@ -31,11 +31,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from probes.rollback import error_bars
 from steerkit import distributed
 from steerkit.errors import InputError, NumericsError
 from steerkit.models import HookedModel
 from steerkit.objectives import Objective
+from steerkit.plots import error_bars
 from steerkit.runs import write_json
 from steerkit.sites import evaluating
 from steerkit.stats import Interval, jackknife_of

@@ -10,7 +10,7 @@ from typing import Any
 from probes.linear import save_probes
 from probes.methods import MassMean
 from probes.study import SiteResult, Study
-from steerkit.plots import page
+from steerkit.plots import error_bars, page
 from steerkit.runs import write_json
 from steerkit.stats import Interval
 
@@ -142,27 +142,13 @@ def _line(
     figure.add_scatter(
         x=sites,
         y=[v.estimate for v in values],
-        error_y=_error_bars(values),
+        error_y=error_bars(values),
         mode="lines+markers",
         name=name,
         line={**style, "dash": dash, "width": 2 if color is None else 1.5},
         marker={**style, "size": 7},
         hovertemplate=f"{html.escape(name)}, %{{x}}: %{{y:.4f}}<extra></extra>",
     )
-
-
-def _error_bars(values: list[Interval]) -> dict[str, Any]:
-    def length(end: float, v: Interval) -> float:
-        return abs(end - v.estimate) if end == end else 0.0
-
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [length(v.high, v) for v in values],
-        "arrayminus": [length(v.low, v) for v in values],
-        "thickness": 1,
-        "width": 3,
-    }
 
 
 def _bars(sites: list[str], values: list[float], label: str, reference: float) -> Any:

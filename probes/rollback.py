@@ -33,6 +33,7 @@ from probes.weights import Part, Weights, matched, names_of, parts, relative_cha
 from steerkit.errors import InputError, NumericsError
 from steerkit.models import HookedModel
 from steerkit.objectives import Evaluation, Score
+from steerkit.plots import error_bars
 from steerkit.runs import write_json
 from steerkit.stats import Comparison, Interval, group_sums, jackknife, paired_test
 
@@ -278,19 +279,3 @@ class Scored:
 
 def _plain(value: Any) -> Any:
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
-
-
-def error_bars(values: Sequence[Interval]) -> dict[str, Any]:
-    """Plotly's, none where an interval has no ends."""
-
-    def length(end: float, value: Interval) -> float:
-        return abs(end - value.estimate) if math.isfinite(end) else 0.0
-
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [length(v.high, v) for v in values],
-        "arrayminus": [length(v.low, v) for v in values],
-        "thickness": 1,
-        "width": 3,
-    }

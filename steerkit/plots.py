@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from steerkit.errors import InputError
 from steerkit.runs import atomic_path, atomic_write
+from steerkit.stats import Interval
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#5a5a5a")
 """Series colours on light."""
@@ -124,6 +126,22 @@ def page(title: str, body_parts: Iterable[Any], out: str | Path) -> Path:
         ),
     )
     return out
+
+
+def error_bars(values: Sequence[Interval]) -> dict[str, Any]:
+    """Plotly's error bars of intervals, none where one has no ends."""
+
+    def length(end: float, value: Interval) -> float:
+        return abs(end - value.estimate) if math.isfinite(end) else 0.0
+
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [length(v.high, v) for v in values],
+        "arrayminus": [length(v.low, v) for v in values],
+        "thickness": 1,
+        "width": 3,
+    }
 
 
 def _plotly_file() -> Path:

@@ -11,7 +11,6 @@ up to one that does both, the left one first. The file is safetensors, with JSON
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,13 +23,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from steerkit.errors import CheckpointError, InputError
+from steerkit.errors import InputError
 from steerkit.models import HookedModel
-from steerkit.runs import atomic_write, jsonable
 from steerkit.sites import weight_of
 from steerkit.steering.edits import Add, Edit, WeightDelta, rebuild
 from steerkit.steering.tracking import Tracker
 from steerkit.steering.where import Tokens, Where
+from steerkit.value_files import read_values, write_values
 
 FORMAT = "steerkit-steering-1"
 
@@ -145,13 +144,10 @@ class SteeringVector:
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file, whole or not at all."""
-        from safetensors.torch import save
-
-        path = Path(path)
         tensors: dict[str, Tensor] = {}
         edits = []
         for i, edit in enumerate(self.edits):
-            tensors |= {f"{i}.{name}": value.detach().cpu().clone() for name, value in edit.tensors().items()}
+            tensors |= {f"{i}.{name}": value for name, value in edit.tensors().items()}
             edits.append({"kind": edit.name, **edit.settings()})
         known: dict[str, Any] = {
             "format": FORMAT,
@@ -160,15 +156,13 @@ class SteeringVector:
             "provenance": dict(self.provenance),
         }
         if self.condition is not None:
-            tensors["condition"] = self.condition.vector.detach().cpu().clone()
+            tensors["condition"] = self.condition.vector
             known["condition"] = {
                 "site": self.condition.site,
                 "threshold": self.condition.threshold,
                 "above": self.condition.above,
             }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, save(tensors, metadata={"steerkit": json.dumps(jsonable(known))}))
-        return path
+        return write_values(path, tensors, known)
 
     @classmethod
     def load(cls, path: str | Path) -> SteeringVector:
@@ -176,23 +170,7 @@ class SteeringVector:
 
         Raises InputError for a file that is missing or no steering vector, CheckpointError for a damaged one.
         """
-        from safetensors import SafetensorError, safe_open
-
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"{path} does not exist.")
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged or no safetensors file: {error}.") from error
-        try:
-            known = json.loads(metadata["steerkit"])
-        except (KeyError, ValueError) as error:
-            raise InputError(f"{path} is no steering vector of steerkit: convert it first.") from error
-        if known.get("format") != FORMAT:
-            raise InputError(f"{path} is of format {known.get('format')!r}; this version reads {FORMAT!r}.")
+        tensors, known = read_values(path, "steering vector", FORMAT, ": convert it first")
         edits = []
         for i, settings in enumerate(known["edits"]):
             own = {
