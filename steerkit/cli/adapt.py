@@ -19,13 +19,14 @@ from steerkit.cli.common import (
     Seed,
     Set,
     emit,
+    is_finished,
     items,
     load_model,
     say,
 )
 from steerkit.cli.settings import build, merge
 from steerkit.errors import InputError
-from steerkit.runs import Run, read_json, write_json
+from steerkit.runs import Run, write_json
 
 if TYPE_CHECKING:
     from steerkit.adapters import Adapted
@@ -118,9 +119,7 @@ def train_adapter(
     if quick:
         values["n_train"] = min(600, values.get("n_train", 600))
     chosen = build(TrainSettings, values)
-    if resume and (out / "summary.json").exists() and "scores" in read_json(out / "summary.json"):
-        say(f"{out} is a finished run: there is nothing to resume.", quiet=quiet)
-        emit(read_json(out / "summary.json"), as_json=json)
+    if is_finished(out, resume, as_json=json, quiet=quiet, key="scores"):
         return
     hooked = load_model(chosen.model, chosen.device, chosen.dtype)
     tuned = adapters.get(

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from steerkit.errors import InputError, SteerkitError
-from steerkit.runs import interruptible, jsonable
+from steerkit.runs import interruptible, jsonable, read_json
 
 Model = Annotated[
     str | None,
@@ -118,6 +118,21 @@ def say(text: str, *, quiet: bool) -> None:
     """Print `text` for a person, unless --quiet."""
     if not quiet and is_first():
         print(text, flush=True)
+
+
+def is_finished(out: Path, resume: bool, *, as_json: bool, quiet: bool, key: str | None = None) -> bool:
+    """Whether --resume was given for a finished run: that is said, with its summary, and nothing is left to do.
+
+    With `key`, a summary without it is of a run that is not done.
+    """
+    if not resume or not (out / "summary.json").exists():
+        return False
+    summary = read_json(out / "summary.json")
+    if key is not None and key not in summary:
+        return False
+    say(f"{out} is a finished run: there is nothing to resume.", quiet=quiet)
+    emit(summary, as_json=as_json)
+    return True
 
 
 def summary_line(summary: Mapping[str, Any]) -> str:

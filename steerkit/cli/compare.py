@@ -24,6 +24,7 @@ from steerkit.cli.common import (
     Set,
     TextColumn,
     emit,
+    is_finished,
     items,
     load_model,
     say,
@@ -120,9 +121,7 @@ def compare(
     _check(settings.comparison)
     if out is None:
         raise InputError("--out is needed: a directory for the run.")
-    if resume and (out / "summary.json").exists():
-        say(f"{out} is a finished run: there is nothing to resume.", quiet=quiet)
-        emit(read_json(out / "summary.json"), as_json=json)
+    if is_finished(out, resume, as_json=json, quiet=quiet):
         return
     dictionaries = [_is_sae_run(source) for source in (settings.base, settings.tuned)]
     if any(dictionaries) and not all(dictionaries):

@@ -25,13 +25,14 @@ from steerkit.cli.common import (
     Set,
     TextColumn,
     emit,
+    is_finished,
     items,
     load_model,
     say,
 )
 from steerkit.cli.settings import build, merge
 from steerkit.errors import InputError
-from steerkit.runs import Run, make_provenance, read_json
+from steerkit.runs import Run, make_provenance
 from steerkit.tokens import Tokenization
 
 QUICK_TEXTS, QUICK_PER_TEXT, QUICK_CS = 300, 8, (1e-3, 1e-2, 1e-1)
@@ -133,9 +134,7 @@ def probe(
         settings = replace(settings, study=_quick(settings.study))
     if out is None:
         raise InputError("--out is needed: a directory for the run.")
-    if resume and (out / "summary.json").exists():
-        say(f"{out} is a finished run: there is nothing to resume.", quiet=quiet)
-        emit(read_json(out / "summary.json"), as_json=json)
+    if is_finished(out, resume, as_json=json, quiet=quiet):
         return
     _check(settings.study)
     hooked = load_model(settings.model, settings.device, settings.dtype)

@@ -27,6 +27,7 @@ from steerkit.cli.common import (
     Set,
     TextColumn,
     emit,
+    is_finished,
     items,
     load_model,
     say,
@@ -138,9 +139,7 @@ def sweep_sae(
         raise InputError("--out is needed: a directory for the runs and the report.")
     if settings.seeds < 1:
         raise InputError(f"--seeds is {settings.seeds}; it must be at least 1.")
-    if resume and (out / "summary.json").exists():
-        say(f"{out} is a finished sweep: there is nothing to resume.", quiet=quiet)
-        emit(read_json(out / "summary.json"), as_json=json)
+    if is_finished(out, resume, as_json=json, quiet=quiet):
         return
     hooked = load_model(settings.model, settings.device, settings.dtype)
     jobs = _jobs(settings, {site: hooked.site(site).width for site in settings.sites})

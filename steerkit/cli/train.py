@@ -26,6 +26,7 @@ from steerkit.cli.common import (
     Set,
     TextColumn,
     emit,
+    is_finished,
     load_model,
     say,
     summary_line,
@@ -33,7 +34,6 @@ from steerkit.cli.common import (
 from steerkit.cli.settings import build, merge
 from steerkit.data import load_documents
 from steerkit.errors import InputError
-from steerkit.runs import Run
 from steerkit.tokens import Tokenization
 
 QUICK_TOKENS = 300_000
@@ -146,9 +146,7 @@ def train_sae(
     settings = build(TrainSAE, values)
     if out is None and not dry_run:
         raise InputError("--out is needed: a directory for the run.")
-    if out is not None and resume and (out / "summary.json").exists():
-        say(f"{out} is a finished run: there is nothing to resume.", quiet=quiet)
-        emit(Run.load(out).summary, as_json=json)
+    if out is not None and is_finished(out, resume, as_json=json, quiet=quiet):
         return
     hooked = load_model(settings.model, settings.device, settings.dtype)
     architecture = _architecture(settings.arch, expansion, hooked, settings.site)
