@@ -37,6 +37,8 @@ TOKENS_A_SHARD = 65_536
 SINGLE_FILE_BYTES = 50_000_000
 MARKER = "steerkit-dashboard.json"
 _ARCH_NAMES = {"topk": "TopK", "l1": "L1", "sqrt_l1": "√L1", "gated": "Gated", "jumprelu": "JumpReLU"}
+_SCRIPTS = ("data", "text", "overview", "map", "contexts", "latent", "app")
+"""The page's script is these files of `assets`, in this order, inside one function."""
 _GENERATOR = '<meta name="generator" content="steerkit dashboard">'
 
 
@@ -58,6 +60,7 @@ def build(
     stats: LatentStats | None = None,
     title: str | None = None,
     provenance: Mapping[str, Any] | None = None,
+    names: Sequence[str] | None = None,
     quiet: bool = False,
 ) -> Path:
     """Write a dashboard into the directory `out` and return the path of its page.
@@ -65,7 +68,7 @@ def build(
     `latents` is "all" (all that are alive), "top:N" (the N active most often) or a list. `summary` holds figures
     for the head of the page (`summary.json` of a run), `concepts` what a latent is about: (name, AUROC).
     `stats` are statistics collected before, else they are collected here. With `single_file` everything is in
-    one file, `out` itself if it ends in .html.
+    one file, `out` itself if it ends in .html. `names` are those of directions, which are then spoken of instead of latents.
 
     An earlier dashboard at `out` is replaced. Raises InputError when `out` holds anything else, when a latent
     does not exist, or when a single file would exceed 50 MB.
@@ -99,6 +102,9 @@ def build(
         "summary": jsonable(_summary(sae, stats, summary or {})),
         "provenance": jsonable({**stats.info, **(provenance or {})}),
     }
+    if names is not None:
+        content.head |= {"directions": True, "arch": "directions"}
+        content.head["table"]["name"] = [names[i] for i in ids]
     if single_file:
         return _write_single(out, content)
     return _write_directory(out, content)
@@ -279,7 +285,8 @@ def _style() -> str:
 
 
 def _script() -> str:
-    return theme_js() + _asset("app.js")
+    parts = "\n".join(_asset(f"{name}.js") for name in _SCRIPTS)
+    return f'{theme_js()}"use strict";\n(() => {{\n{parts}}})();\n'
 
 
 def _asset(name: str) -> str:

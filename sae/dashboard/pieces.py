@@ -72,3 +72,37 @@ def _byte_of_character() -> dict[str, int]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def context_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The texts of consecutive tokens as a reader is to see them, one string a token.
+
+    A character in several tokens is the first one's text, and the others are “‧”. Line ends, control characters and what has no
+    width are shown by signs of their own.
+    """
+    texts = readable_tokens(tokenizer, ids)
+    start = 0
+    while start < len(texts):
+        data, end = b"", start
+        while end < len(texts) and texts[end].startswith(INCOMPLETE):
+            data += bytes.fromhex(texts[end][len(INCOMPLETE) :])
+            end += 1
+            try:
+                texts[start:end] = [data.decode(), *["‧"] * (end - start - 1)]
+                break
+            except UnicodeDecodeError:
+                continue
+        else:
+            if data:
+                texts[start] = f"‹{texts[start][len(INCOMPLETE) :]}›"
+        start += 1
+    return [text.translate(_SIGNS) for text in texts]
+
+
+_SIGNS = {i: chr(0x2400 + i) for i in range(32)} | {
+    0x09: "⇥",
+    0x0A: "↵",
+    0x7F: "␡",
+    0xA0: "⍽",
+    **dict.fromkeys([*range(0x200B, 0x2010), *range(0x2028, 0x2030), *range(0x2060, 0x2070), 0xFEFF], "◌"),
+}

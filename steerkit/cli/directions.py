@@ -1,0 +1,199 @@
+"""Directions that files hold – a steering vector's, probes', an adapter's – for `steerkit dashboard FILE`.
+
+found = read_directions("happy.safetensors")             # names, vectors and thresholds at a site
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from probes.linear import FORMAT as PROBES
+from probes.linear import LinearProbe, load_probes
+from steerkit.errors import InputError, SiteError
+from steerkit.loading import ADAPTER_RECORD
+from steerkit.models import HookedModel
+from steerkit.runs import read_json
+from steerkit.sites import probe_ids
+from steerkit.steering import load_any
+
+N_SINGULAR = 8
+"""Singular directions of a weight change that are shown, at most."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What a dashboard of directions shows."""
+
+    site: str
+    names: list[str]
+    vectors: Float[Tensor, "n width"]
+    thresholds: Float[Tensor, " n"] | None = None
+    """Of the projections on the unit directions; None: the data's mean."""
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def holds_directions(path: str | Path) -> bool:
+    """Whether `path` is a file of a vector or of probes, or an adapter's directory."""
+    return Path(path).is_file() or _adapter(Path(path)) is not None
+
+
+def model_of(path: str | Path) -> str | None:
+    """The model that the file or adapter says it is for."""
+    path = Path(path)
+    adapter = _adapter(path)
+    if adapter is not None:
+        return read_json(adapter / ADAPTER_RECORD)["base"]
+    if _format(path) == PROBES:
+        run = path.parent / "summary.json"
+        return read_json(run).get("model") if run.is_file() else None
+    return load_any(path).provenance.get("model")
+
+
+def read_directions(
+    path: str | Path,
+    model: HookedModel,
+    *,
+    site: str | None = None,
+    module: str | None = None,
+    writes: bool = False,
+) -> Directions:
+    """The directions at `path`, which must fit the model.
+
+    Of several sites `site` chooses one. Of an adapter `module` is a module's path or the end of it, by default the one that is
+    changed most; its directions are those that ΔW reads, or those that it writes. Raises InputError when something is missing.
+    """
+    path = Path(path)
+    if _adapter(path) is not None:
+        return _of_adapter(path, model, module, writes)
+    if module is not None or writes:
+        raise InputError(f"{path} is no adapter: --module and --writes are for one.")
+    return _of_probes(path, site) if _format(path) == PROBES else _of_vector(path, model, site)
+
+
+def _adapter(path: Path) -> Path | None:
+    """The directory of an adapter that was written by steerkit."""
+    return next((p for p in (path / "adapter", path) if (p / ADAPTER_RECORD).is_file()), None)
+
+
+def _format(path: Path) -> str | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {})["steerkit"]).get("format")
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return None
+
+
+def _one_of(path: Path, sites: list[str], site: str | None) -> str:
+    if site in sites:
+        return site  # type: ignore[return-value]
+    if site is None and len(sites) == 1:
+        return sites[0]
+    asked = "several sites" if site is None else f"nothing at {site}"
+    raise InputError(f"{path} has {asked}: give --site, one of {', '.join(sites)}.")
+
+
+def _of_vector(path: Path, model: HookedModel, site: str | None) -> Directions:
+    vector = load_any(path)
+    vector.require_fit(model)
+    found = vector.directions
+    chosen = _one_of(path, list(found), site)
+    origin = vector.provenance
+    name = " ".join(str(origin[key]) for key in ("method", "data") if origin.get(key)) or path.stem
+    return Directions(chosen, [name], found[chosen][None], about={"vector": str(path), **origin})
+
+
+def _of_probes(path: Path, site: str | None) -> Directions:
+    probes = load_probes(path)
+    linear = {name: probe for name, probe in probes.items() if isinstance(probe, LinearProbe)}
+    if not linear:
+        raise InputError(f"{path} has no linear probe: only those have directions.")
+    chosen = _one_of(path, list(linear), site)
+    probe = linear[chosen]
+    classes = probe.classes[1:] if len(probe.weight) == 1 else probe.classes
+    vectors = torch.stack([probe.direction(label) for label in classes])
+    bias = probe.bias if len(probe.weight) == 1 else _against_others(probe.bias)
+    thresholds = (vectors @ probe.center - bias) / vectors.norm(dim=1)
+    about = {"probes": str(path), "method": probe.method, "classes": list(map(str, probe.classes))}
+    return Directions(probe.site or chosen, list(map(str, classes)), vectors, thresholds, about)
+
+
+def _against_others(bias: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """Each class's less the mean of the others', as `LinearProbe.direction` has the weights."""
+    return bias - (bias.sum() - bias) / (len(bias) - 1)
+
+
+def _of_adapter(path: Path, model: HookedModel, module: str | None, writes: bool) -> Directions:
+    from steerkit import adapters
+
+    tuned = adapters.load(_adapter(path) or path, model)
+    try:
+        changes = {p: change for p, change in tuned.changes().items() if change.norm > 0}
+        name = tuned.method.name
+    finally:
+        tuned.remove()
+    if not changes:
+        raise InputError(f"{path} changes no weights: it has no directions.")
+    if module is None:
+        module = max(changes, key=lambda p: changes[p].relative_norm)
+    ends = [p for p in changes if p == module or p.endswith("." + module)]
+    if len(ends) != 1:
+        found = "no module" if not ends else "several modules"
+        raise InputError(f"--module {module} names {found} of {path}: give one of {', '.join(changes)}.")
+    change = changes[ends[0]]
+    U, values, Vh = change.delta_svd
+    energy = values.square() / values.square().sum()
+    n = int((energy[:N_SINGULAR] > 1e-6).sum())
+    verb = "writes" if writes else "reads"
+    return Directions(
+        _site_at(model, ends[0], change.base.shape[0 if writes else 1], writes),
+        [f"{verb} {i + 1}: {float(share):.0%} of ΔW" for i, share in enumerate(energy[:n])],
+        (U.T if writes else Vh)[:n],
+        about={
+            "adapter": str(path),
+            "method": name,
+            "module": ends[0],
+            "relative_norm": change.relative_norm,
+        },
+    )
+
+
+@torch.no_grad()
+def _site_at(model: HookedModel, path: str, width: int, output: bool) -> str:
+    """The site that holds a module's input, or its output, bit for bit: one of the model's named sites if there is one.
+
+    Raises InputError for an input that is at no site.
+    """
+    seen: list[Tensor] = []
+    inner = model.model.get_submodule(path)
+    handle = inner.register_forward_hook(
+        lambda module, args, y: seen.append((y if output else args[0]).clone())
+    )
+    try:
+        acts = model.run(probe_ids(model.d_vocab, model.special_ids), sites=_sites(model, width), stop=False)
+    finally:
+        handle.remove()
+    for name, found in acts.items():
+        if torch.equal(found.flatten(0, -2), seen[0].flatten(0, -2)):
+            return name
+    raise InputError(f"What {path} of {model.name} reads is at no site: give --writes, or another --module.")
+
+
+def _sites(model: HookedModel, width: int) -> list[str]:
+    """Sites of that width, the named ones first."""
+    found = []
+    for name in [*model.sites, *(path for path, _ in model.model.named_modules() if path)]:
+        try:
+            if model.site(name).width == width:
+                found.append(name)
+        except SiteError:
+            continue
+    return found
