@@ -21,13 +21,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from probes.regularisation import SpectralPenalty, WithMargin
 from probes.similarity import similarity
 from probes.similarity.base import Side
 from probes.weights import preserved
@@ -239,7 +240,8 @@ class Remedies:
     """What is known to make fine-tuning more stable. What is None is left as the configuration has it.
 
     Warm-up, bias correction and many epochs at a small rate: Mosbach et al. 2021, https://arxiv.org/abs/2006.04884; bias
-    correction, epochs and re-initialisation: Zhang et al. 2021, https://arxiv.org/abs/2006.05987.
+    correction, epochs and re-initialisation: Zhang et al. 2021, https://arxiv.org/abs/2006.05987; the penalties:
+    `probes.regularisation`.
     """
 
     bias_correction: bool | None = None
@@ -250,6 +252,10 @@ class Remedies:
     epochs: float | None = None
     reinitialised: int = 0
     """Blocks at the top that begin from fresh weights, other ones for each seed."""
+    margin: float = 0.0
+    """Weight of the penalty on classes that are near each other; of a classification only."""
+    spectral: float = 0.0
+    """Weight of the penalty on the spectral norms of what is trained."""
 
     def config(self, config: FinetuneConfig) -> FinetuneConfig:
         """The configuration with the remedies in it."""
@@ -259,6 +265,17 @@ class Remedies:
         if self.bias_correction is not None:
             changed["optimiser"] = "AdamW" if self.bias_correction else "UncorrectedAdamW"
         return replace(config, **changed)
+
+    def train(self, model: HookedModel, objective: Objective[Any], config: FinetuneConfig) -> Outcome:
+        """Fine-tune with the penalties, from the weights that the model has. InputError for a margin without classes."""
+        regulariser = SpectralPenalty(self.spectral) if self.spectral else None
+        if self.margin:
+            if not isinstance(objective, Classification):
+                raise InputError(
+                    f"A margin is one between classes, and {objective.name} has none: leave out margin."
+                )
+            objective = cast(Classification, WithMargin(objective, self.margin))
+        return finetune(model, objective, config, regulariser=regulariser)
 
     def initialise(self, model: HookedModel, seed: int) -> None:
         """Fresh weights in the top blocks, in place. Raises InputError for more blocks than there are."""
@@ -340,7 +357,7 @@ def seed_runs(
     for seed in chosen:
         with preserved(model, objective), trainable(model, select or everything):
             remedies.initialise(model, seed)
-            outcomes.append(finetune(model, objective, replace(settings, seed=seed)))
+            outcomes.append(remedies.train(model, objective, replace(settings, seed=seed)))
             evaluations.append(objective.evaluate(model, split, settings.dtype))
             if isinstance(objective, Classification):
                 predicted.append(class_probabilities(model, objective, split, settings.dtype))

@@ -307,7 +307,13 @@ class Classification(Objective[Labelled]):
         return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
     def outcomes(self, model: HookedModel, batch: Sequence[Labelled]) -> dict[str, Float[Tensor, " batch"]]:
-        logits = at_least_float32(self.head(self.pooled(model, batch).to(self.head.weight.device)))
+        return self.judged(self.pooled(model, batch), batch)
+
+    def judged(
+        self, states: Float[Tensor, "batch d_model"], batch: Sequence[Labelled]
+    ) -> dict[str, Float[Tensor, " batch"]]:
+        """The outcomes, of what the head reads."""
+        logits = at_least_float32(self.head(states.to(self.head.weight.device)))
         labels = torch.tensor([example.label for example in batch], device=logits.device)
         return {
             "loss": nn.functional.cross_entropy(logits, labels, reduction="none"),
