@@ -236,7 +236,7 @@ class _Bencher:
     def __init__(self, model: HookedModel, task: Task, config: BenchConfig, out: Path | None) -> None:
         self.model, self.task, self.config, self.out = model, task, config, out
         self.runs: list[dict[str, Any]] = []
-        self.base = self._part({"base": model.fingerprint}, lambda: self._scores(model))
+        self.base = self._part({"base": model.fingerprint}, lambda: task.scores(model))
 
     def row(self, cell: Cell, bar: Any) -> dict[str, Any]:
         """What came out of one cell."""
@@ -355,7 +355,7 @@ class _Bencher:
             tuned.remove()
 
     def _judged(self, tuned: Adapted) -> dict[str, Any]:
-        found = self._scores(tuned)
+        found = self.task.scores(tuned)
         before = self.base["unrelated"]
         found["forgetting"] = None if before is None else found["unrelated"] - before
         found["merge_error"] = merge_error(tuned, self.task)
@@ -363,14 +363,6 @@ class _Bencher:
             saved = tuned.save(Path(folder) / "adapter")
             found["size_mb"] = sum(f.stat().st_size for f in saved.rglob("*.safetensors")) / 1e6
         return found
-
-    def _scores(self, model: HookedModel) -> dict[str, Any]:
-        scores = {name: float(np.mean(values)) for name, values in self.task.measure(model).items()}
-        rest = self.task.unrelated
-        return {
-            "scores": scores,
-            "unrelated": None if rest is None else rest.evaluate(model, "test").mean("loss"),
-        }
 
 
 @torch.no_grad()

@@ -43,6 +43,14 @@ class Task:
     unrelated: Objective[Any] | None = None
     """Text whose cross-entropy (nats a token, split `test`) says what is forgotten."""
 
+    def scores(self, model: HookedModel) -> dict[str, Any]:
+        """`scores`, the mean of each set; `unrelated`, the loss on that text, or None where there is none."""
+        rest = self.unrelated
+        return {
+            "scores": {name: float(values.mean()) for name, values in self.measure(model).items()},
+            "unrelated": None if rest is None else rest.evaluate(model, "test").mean("loss"),
+        }
+
     def settings(self) -> dict[str, Any]:
         """What run.yaml says about it."""
         return {

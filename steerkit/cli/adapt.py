@@ -132,10 +132,10 @@ def train_adapter(
     )
     task = _task(hooked, chosen)
     with tuned.disabled():
-        before = _scores(task, tuned)
+        before = task.scores(tuned)
     say(f"{chosen.method}: {tuned.n_trainable:,} of {_total(tuned):,} parameters are trained", quiet=quiet)
     outcome = train(tuned, task.objective, chosen.training, out=out, resume=resume, quiet=quiet)
-    after = _scores(task, tuned)
+    after = task.scores(tuned)
     tuned.save(out / "adapter")
     summary = {
         **outcome.summary(),
@@ -313,15 +313,6 @@ def _task(model: Any, settings: TrainSettings | BenchSettings) -> Task:
         n_train=settings.n_train,
         n_test=settings.n_test,
     )
-
-
-def _scores(task: Task, model: Any) -> dict[str, Any]:
-    scores = {name: float(values.mean()) for name, values in task.measure(model).items()}
-    rest = task.unrelated
-    return {
-        "scores": scores,
-        "unrelated": None if rest is None else rest.evaluate(model, "test").mean("loss"),
-    }
 
 
 def _load(run: Path, model: str | None, device: str | None, other_model: bool) -> Adapted:
