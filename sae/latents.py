@@ -8,6 +8,9 @@ Every latent is described at once. Memory does not grow with the activations: st
 the contexts only the best are kept, each with the latent's activations on a window around its peak. The text
 itself is kept as token ids, four bytes a token.
 
+Beside them stand rows in which a latent was nearly active (`sae.near_misses`) and the latents that it is active with
+(`sae.cooccurrence`).
+
 Contexts are rows of text. A row stands for a latent with its strongest token, so contexts of one latent are
 distinct. Beside the strongest rows there is a random sample of the others, in five equal parts from weak to
 strong: the strongest contexts alone make any latent look cleaner than it is.
@@ -23,10 +26,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.architectures.base import SAE
+from sae.architectures.transcoder import TranscoderSAE
+from sae.cooccurrence import Cooccurrence
+from sae.near_misses import NEAR_TOKENS, Look, near_misses
 from steerkit.activations import TokenBatch, Tokenization, is_sink, token_batches
 from steerkit.data import Documents, Permutation, load_documents
 from steerkit.errors import CheckpointError, InputError, NumericsError
@@ -45,6 +51,7 @@ WINDOW = 15
 """Tokens kept on either side of a context's strongest token."""
 N_TOKENS = 10
 N_LOGITS = 10
+LOGIT_BINS = 30
 N_NEIGHBOURS = 10
 N_BINS = 64
 """Quarter-octave bins of the histogram of activations, down from the SAE's largest activation."""
@@ -52,6 +59,7 @@ N_BINS = 64
 _GRID = 256
 """The same bins while counting: 2^-32 to 2^32."""
 _DENSE_ELEMENTS = 2**25
+_LOGIT_ELEMENTS = 2**23
 _RESIDUAL_SITES = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 
 
@@ -111,11 +119,34 @@ class LatentStats:
     """The latents with the nearest decoder directions; -1 where there are fewer."""
     neighbour_cosine: Float[np.ndarray, "d_sae 10"]
     encoder_cosine: Float[np.ndarray, " d_sae"]
-    """Cosine of the latent's encoder and decoder directions."""
+    """Cosine of the latent's encoder and decoder directions; NaN where they are not of one space, as in a transcoder."""
+    one_document: Bool[np.ndarray, " d_sae"]
+    """Whether the latent is active in a single document."""
+    miss_row: Int[np.ndarray, "d_sae 5"]
+    """Rows in which the latent is silent although it was near (`sae.near_misses`); -1 where there are fewer."""
+    miss_position: Int[np.ndarray, "d_sae 5"]
+    """Where it was nearest."""
+    miss_closeness: Float[np.ndarray, "d_sae 5"]
+    """Its pre-activation there minus what it has to exceed, at most 0; NaN where that is not defined."""
+    together: Int[np.ndarray, "d_sae 10"]
+    """The latents most often active on the same tokens, by Jaccard index (`sae.cooccurrence`); -1 where there are fewer."""
+    together_both: Int[np.ndarray, "d_sae 10"]
+    """Tokens on which both are active, of those counted."""
+    together_jaccard: Float[np.ndarray, "d_sae 10"]
+    together_pmi: Float[np.ndarray, "d_sae 10"]
+    """Pointwise mutual information, nats."""
+    together_count: Int[np.ndarray, " d_sae"]
+    """Counted tokens on which the latent is active."""
+    together_tokens: Int[np.ndarray, ""]
+    """Tokens on which that was counted."""
     logit_ids: Int[np.ndarray, "d_sae 20"] | None = None
     """Ten tokens that the decoder direction speaks for, the strongest first, then ten it speaks against, the
     strongest last. None where there is no unembedding or the site does not write to the residual stream."""
     logit_values: Float[np.ndarray, "d_sae 20"] | None = None
+    logit_range: Float[np.ndarray, "d_sae 2"] | None = None
+    """The smallest and the largest effect on any token's logit."""
+    logit_histogram: Int[np.ndarray, "d_sae 30"] | None = None
+    """Tokens of the vocabulary by that effect, in bins of equal width over the range."""
 
     @property
     def d_sae(self) -> int:
@@ -200,12 +231,14 @@ def collect_latents(
             f"The SAE takes activations of width {sae.d_in}, but {site} of {model.name} has {width}."
         )
     documents = load_documents(documents)
-    pass_ = _Pass(sae, seed)
+    pass_ = _Pass(sae, seed, tokens)
+    looks: list[Look] = []
+    between_looks = max(1, round(tokens / NEAR_TOKENS))
     batches = token_batches(
         model, documents, tokenization, max_tokens=tokens, order=Permutation(len(documents), seed, 0)
     )
     with progress(tokens, "Latents", quiet=quiet) as bar:
-        for batch in batches:
+        for number, batch in enumerate(batches):
             mask = None if model.is_causal else batch.attention_mask
             acts = model.run(batch.input_ids, mask, sites=[site])[site]
             keep = batch.keep.to(acts.device)
@@ -213,6 +246,8 @@ def collect_latents(
                 raise NumericsError(f"NaN or inf at {site}: check the model's weights or its dtype.")
             if sink_threshold is not None:
                 keep = keep & ~is_sink(acts, sink_threshold)
+            if number % between_looks == 0:
+                looks.append(Look(batch, keep, len(pass_.rows)))
             pass_.add(batch, acts, keep)
             bar.advance(batch.n_kept)
     if not pass_.n_tokens:
@@ -229,16 +264,21 @@ def collect_latents(
         "tokens": pass_.n_tokens,
         "seed": seed,
     }
-    effects: dict[str, Any] = logit_effects(model, sae, site)
-    return LatentStats(info, **pass_.finish(), **_geometry(sae), **effects)
+    effects: dict[str, Any] = logit_effects(model, sae, sae.config.outputs(site)[0])
+    found = pass_.finish()
+    found |= near_misses(model, sae, site, looks, found["token_ids"])
+    return LatentStats(info, **found, **pass_.kept_rows(found), **_geometry(sae), **effects)
 
 
 class _Pass:
     """Counts and contexts, growing batch by batch."""
 
-    def __init__(self, sae: SAE, seed: int) -> None:
+    def __init__(self, sae: SAE, seed: int, tokens: int = 1) -> None:
         self.sae, self.seed = sae, seed
         self.n_tokens = 0
+        self.together = Cooccurrence(sae.d_sae, tokens)
+        self.first_document = np.full(sae.d_sae, np.iinfo(np.int64).max)
+        self.last_document = np.full(sae.d_sae, -1)
         self.count = np.zeros(sae.d_sae, dtype=np.int64)
         self.total = np.zeros(sae.d_sae)
         self.maximum = np.zeros(sae.d_sae, dtype=np.float32)
@@ -257,23 +297,29 @@ class _Pass:
             part = slice(start, start + step)
             latents = self.sae.encode(acts[part].to(self.sae.device, self.sae.dtype)).float()
             latents.masked_fill_(~keep[part, :, None].to(latents.device), 0)
-            self._count(latents, ids[part])
+            self._count(latents, ids[part], keep[part], batch.token_document[part])
             self._keep_contexts(latents, len(self.rows))
             self.rows += [row[:n].astype(np.int32) for row, n in zip(ids[part], lengths[part])]
         self.row_document += batch.document.tolist()
         self.n_tokens += int(keep.sum())
 
-    def _count(self, latents: Float[Tensor, "rows pos d_sae"], ids: np.ndarray) -> None:
+    def _count(
+        self, latents: Float[Tensor, "rows pos d_sae"], ids: np.ndarray, keep: Tensor, document: Tensor
+    ) -> None:
         token, latent = latents.flatten(0, 1).nonzero(as_tuple=True)
         values = latents.flatten(0, 1)[token, latent].cpu().numpy()
-        which = latent.cpu().numpy()
+        which, place = latent.cpu().numpy(), token.cpu().numpy()
         n = self.sae.d_sae
+        self.together.add(place, which, keep.flatten().cpu().numpy())
+        documents = document.flatten().cpu().numpy()[place]
+        np.minimum.at(self.first_document, which, documents)
+        np.maximum.at(self.last_document, which, documents)
         self.count += np.bincount(which, minlength=n)
         self.total += np.bincount(which, weights=values, minlength=n)
         self.maximum = np.maximum(self.maximum, latents.amax((0, 1)).cpu().numpy())
         cells = np.bincount(which * _GRID + _grid_bin(values), minlength=n * _GRID)
         self.grid += cells.reshape(n, _GRID).astype(np.int32)
-        self.by_token.add(which, ids.reshape(-1)[token.cpu().numpy()], values)
+        self.by_token.add(which, ids.reshape(-1)[place], values)
 
     def _keep_contexts(self, latents: Float[Tensor, "rows pos d_sae"], first_row: int) -> None:
         peak, where = latents.max(dim=1)
@@ -296,6 +342,7 @@ class _Pass:
             )
 
     def finish(self) -> dict[str, np.ndarray]:
+        """What was found; rows by their number among all rows."""
         active = np.maximum(self.count, 1)
         edges, histogram = _shared_histogram(self.grid)
         return {
@@ -304,8 +351,24 @@ class _Pass:
             "mean": (self.total / active).astype(np.float32),
             "edges": edges,
             "histogram": histogram,
+            "one_document": self.first_document == self.last_document,
             **self.by_token.finish(self.total),
+            **self.together.finish(),
             **self._examples(),
+        }
+
+    def kept_rows(self, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The rows that something is shown in. Their numbers in `found` become those among them."""
+        named = found.keys() & {"example_row", "miss_row"}
+        used = np.unique(np.concatenate([found[name].ravel() for name in named]))
+        used = used[used >= 0]
+        for name in named:
+            found[name] = np.where(found[name] < 0, -1, np.searchsorted(used, found[name])).astype(np.int32)
+        rows = [self.rows[i] for i in used]
+        return {
+            "row_start": np.cumsum([0, *map(len, rows)]),
+            "row_tokens": np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32),
+            "row_document": np.array([self.row_document[i] for i in used], dtype=np.int64),
         }
 
     def _examples(self) -> dict[str, np.ndarray]:
@@ -316,18 +379,13 @@ class _Pass:
         intervals = np.concatenate([np.zeros(len(top["key"]), dtype=np.int64), interval])
         rank = np.where(intervals == 0, 0, N_INTERVALS + 1 - intervals)
         order = np.lexsort((data["row"], -data["activation"], rank, latents))
-        used, row = np.unique(data["row"][order], return_inverse=True)
-        kept_rows = [self.rows[i] for i in used]
         return {
             "example_start": np.searchsorted(latents[order], np.arange(self.sae.d_sae + 1)),
-            "example_row": row.astype(np.int32),
+            "example_row": data["row"][order],
             "example_position": data["position"][order],
             "example_activation": data["activation"][order],
             "example_interval": intervals[order].astype(np.int8),
             "example_window": data["window"][order],
-            "row_start": np.cumsum([0, *map(len, kept_rows)]),
-            "row_tokens": np.concatenate(kept_rows) if kept_rows else np.zeros(0, dtype=np.int32),
-            "row_document": np.array([self.row_document[i] for i in used], dtype=np.int64),
         }
 
     def _intervals(
@@ -507,6 +565,7 @@ def _geometry(sae: SAE) -> dict[str, np.ndarray]:
     """Nearest decoder directions, and how far encoder and decoder agree."""
     decoder = torch.nn.functional.normalize(sae.W_dec.detach().float(), dim=1)
     encoder = torch.nn.functional.normalize(sae.W_enc.detach().float(), dim=0)
+    one_space = not isinstance(sae, TranscoderSAE)
     n = min(N_NEIGHBOURS, sae.d_sae - 1)
     ids = np.full((sae.d_sae, N_NEIGHBOURS), -1, dtype=np.int64)
     cosines = np.zeros((sae.d_sae, N_NEIGHBOURS), dtype=np.float32)
@@ -519,14 +578,16 @@ def _geometry(sae: SAE) -> dict[str, np.ndarray]:
     return {
         "neighbours": ids,
         "neighbour_cosine": cosines,
-        "encoder_cosine": (encoder.T * decoder).sum(1).cpu().numpy(),
+        "encoder_cosine": (encoder.T * decoder).sum(1).cpu().numpy()
+        if one_space
+        else np.full(sae.d_sae, np.nan, dtype=np.float32),
     }
 
 
 @torch.no_grad()
 def logit_effects(model: HookedModel, sae: SAE, site: str) -> dict[str, np.ndarray | None]:
-    """`logit_ids` and `logit_values`: what each decoder direction adds to the logits, up to the final norm's
-    scale.
+    """What each decoder direction adds to the logits, up to the final norm's scale: `logit_ids` and `logit_values`, the tokens it
+    changes most, and `logit_range` and `logit_histogram` of all.
 
     The direction goes straight to the unembedding, as though no later layer changed it, through the final
     norm's centring and gain. None for a model without LM head, or with one that is more than a matrix (BERT's), and
@@ -534,20 +595,38 @@ def logit_effects(model: HookedModel, sae: SAE, site: str) -> dict[str, np.ndarr
     """
     name = model.site(site).name
     direct = name.rsplit(".", 1)[-1] in _RESIDUAL_SITES or name in ("hook_embed", "ln_final")
-    if not (direct and sae.d_in == model.d_model and has_linear_head(model)):
-        return {"logit_ids": None, "logit_values": None}
+    if not (direct and sae.W_dec.shape[1] == model.d_model and has_linear_head(model)):
+        return dict.fromkeys(("logit_ids", "logit_values", "logit_range", "logit_histogram"))
     W_U = model.W_U.detach().float()
     directions = sae.W_dec.detach().float().to(W_U.device)
     if name != "ln_final":
         directions = through_final_norm(model, directions)
     n = min(N_LOGITS, W_U.shape[1] // 2)
-    ids, values = [], []
-    for part in sae.latent_chunks(max(1, 2**26 // W_U.shape[1])):
+    ids, values, ranges, histograms = [], [], [], []
+    for part in sae.latent_chunks(max(1, _LOGIT_ELEMENTS // W_U.shape[1])):
         logits = directions[part] @ W_U
+        limits, counts = _histograms(logits)
+        ranges.append(limits.cpu())
+        histograms.append(counts.cpu())
         high, low = logits.topk(n, dim=1), logits.topk(n, dim=1, largest=False)
         ids.append(torch.cat([high.indices, low.indices.flip(1)], dim=1).cpu())
         values.append(torch.cat([high.values, low.values.flip(1)], dim=1).cpu())
-    return {"logit_ids": torch.cat(ids).numpy(), "logit_values": torch.cat(values).numpy()}
+    return {
+        "logit_ids": torch.cat(ids).numpy(),
+        "logit_values": torch.cat(values).numpy(),
+        "logit_range": torch.cat(ranges).numpy(),
+        "logit_histogram": torch.cat(histograms).numpy(),
+    }
+
+
+def _histograms(values: Float[Tensor, "n m"]) -> tuple[Float[Tensor, "n 2"], Int[Tensor, "n 30"]]:
+    """(smallest and largest value, counts in bins of equal width between them) of each row."""
+    low, high = values.aminmax(dim=1, keepdim=True)
+    width = torch.where(high > low, high - low, 1)
+    cell = ((values - low) * (LOGIT_BINS / width)).int().clamp_(max=LOGIT_BINS - 1)
+    cell += LOGIT_BINS * torch.arange(len(values), device=values.device, dtype=torch.int32)[:, None]
+    counts = torch.bincount(cell.flatten(), minlength=LOGIT_BINS * len(values))
+    return torch.cat([low, high], 1), counts.view(-1, LOGIT_BINS).int()
 
 
 def has_linear_head(model: HookedModel) -> bool:

@@ -217,6 +217,15 @@ class SAE(nn.Module):
     def _encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         raise NotImplementedError
 
+    def margins(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"] | None:
+        """Each latent's pre-activation minus what it has to exceed: above 0 exactly where the latent is active. None where that
+        depends on other tokens, too."""
+        return None
+
+    def above_threshold(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """The margins of ReLU latents with these pre-activations."""
+        return pre if self.threshold is None else pre - self.threshold.clamp(min=0)
+
     def decode(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         """The activations that latents stand for."""
         return latents @ self.W_dec + self.b_dec

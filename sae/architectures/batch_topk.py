@@ -58,6 +58,9 @@ class BatchTopKSAE(TopKSAE):
         rows, columns, values = self._largest([(0, flat)])
         return torch.zeros_like(flat).index_put_((rows, columns), values.relu()).view_as(pre)
 
+    def margins(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"] | None:
+        return None if self.threshold is None else super().margins(x)
+
     def choose(self, parts: Parts) -> list[Entries]:
         ranks = distributed.world_size()
         rows, columns, values = self._largest(parts, ranks)

@@ -61,6 +61,11 @@ class GatedSAE(SAE):
         product = (x - self.b_dec) @ self.W_enc
         return torch.relu(self.r_mag.exp() * product + self.b_mag) * (product + self.b_gate > 0)
 
+    def margins(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        product = (x - self.b_dec) @ self.W_enc
+        magnitude = self.above_threshold(self.r_mag.exp() * product + self.b_mag)
+        return torch.minimum(product + self.b_gate, magnitude)
+
     @torch.no_grad()
     def jumprelu_weights(self) -> dict[str, Tensor]:
         rate = self.r_mag.exp()

@@ -108,6 +108,9 @@ class JumpReLUSAE(SAE):
     def _encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         return torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
 
+    def margins(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        return self.above_threshold((x - self.b_dec) @ self.W_enc + self.b_enc)
+
     @torch.no_grad()
     def set_density(self, x: Float[Tensor, "n d_in"], latents: Tensor | slice = slice(None)) -> None:
         self.threshold[latents] = self.width / 2

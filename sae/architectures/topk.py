@@ -76,6 +76,14 @@ class TopKSAE(SAE):
         values, indices = pre.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter_(-1, indices, values.relu())
 
+    def margins(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"] | None:
+        """A latent has to exceed 0 and the k-th of the others."""
+        pre = self.encoded(x) @ self.W_enc + self.b_enc
+        if self.threshold is not None or self.k == self.d_sae:
+            return self.above_threshold(pre)
+        last, following = pre.topk(self.k + 1, dim=-1).values[..., -2:].clamp(min=0).split(1, dim=-1)
+        return pre - torch.where(pre > following, following, last)
+
     @torch.no_grad()
     def initialise(
         self, x: Float[Tensor, "n d_in"], mean: Float[Tensor, " d_in"], generator: torch.Generator
