@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sae.architectures import Config
 from steerkit.errors import InputError
 from steerkit.plots import page
-from steerkit.stats import jackknife
+from steerkit.stats import mean_interval
 
 MEASURES = (
     "l0",
@@ -165,9 +163,7 @@ def _group(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _spread(values: Sequence[float], of_one: Mapping[str, float] | None) -> dict[str, Any]:
     """Mean over seeds, standard deviation, and a 95 % interval with what it is over."""
     if len(values) > 1:
-        interval = jackknife(
-            np.array([[value, 1.0] for value in values]), lambda sums: sums[..., 0] / sums[..., 1]
-        )
+        interval = mean_interval(values)
         return {
             "mean": interval.estimate,
             "sd": statistics.stdev(values),

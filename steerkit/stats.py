@@ -13,7 +13,7 @@ Efron & Tibshirani 1993, “An Introduction to the Bootstrap”; Obuchowski 1997
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -81,13 +81,29 @@ def jackknife(sums: Float[np.ndarray, "g k"], statistic: Statistic, *, level: fl
 
 def jackknife_of(estimate: float, left_out: Float[np.ndarray, " g"], *, level: float = 0.95) -> Interval:
     """The jackknife's interval from the estimates without each group."""
-    from scipy.special import stdtrit
-
     g = len(left_out)
     if g < 2:
         raise InputError(f"{g} group: an interval needs at least two documents.")
     standard_error = math.sqrt((g - 1) / g * float(np.square(left_out - left_out.mean()).sum()))
-    margin = float(stdtrit(g - 1, (1 + level) / 2)) * standard_error
+    return _student(estimate, standard_error, g - 1, level)
+
+
+def mean_interval(values: Sequence[float] | Float[np.ndarray, " n"], *, level: float = 0.95) -> Interval:
+    """Mean of independent values (one a seed, say) with Student's t on n-1 degrees of freedom.
+
+    Raises InputError with fewer than two values.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    n = len(found)
+    if n < 2:
+        raise InputError(f"{n} value: an interval needs at least two.")
+    return _student(float(found.mean()), float(found.std(ddof=1)) / math.sqrt(n), n - 1, level)
+
+
+def _student(estimate: float, standard_error: float, freedom: int, level: float) -> Interval:
+    from scipy.special import stdtrit
+
+    margin = float(stdtrit(freedom, (1 + level) / 2)) * standard_error
     return Interval(estimate, estimate - margin, estimate + margin, standard_error, level)
 
 

@@ -33,6 +33,7 @@ from steerkit.errors import InputError, NumericsError
 from steerkit.finetuning import FinetuneConfig
 from steerkit.models import HookedModel
 from steerkit.runs import progress, read_json, write_json
+from steerkit.stats import mean_interval
 
 BASELINE = "lora"
 """What the others are compared with."""
@@ -261,7 +262,7 @@ class _Bencher:
             "metric": self.task.metric,
             "metric_mean": _mean(test),
             "metric_sd": _sd(test),
-            "metric_ci": _t_interval(test),
+            "metric_ci": _ends(test),
             "by_seed": test,
             "ood": {name: {"mean": _mean(v), "sd": _sd(v)} for name, v in scores.items() if name != "test"},
             "forgetting": _mean(forgetting) if forgetting else None,
@@ -394,14 +395,12 @@ def _sd(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _t_interval(values: Sequence[float], level: float = 0.95) -> list[float] | None:
-    """Student's t over seeds."""
-    from scipy.stats import t
-
+def _ends(values: Sequence[float]) -> list[float] | None:
+    """Of the mean over seeds; None for one seed."""
     if len(values) < 2:
         return None
-    half = t.ppf(0.5 + level / 2, len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return [_mean(values) - half, _mean(values) + half]
+    found = mean_interval(values)
+    return [found.low, found.high]
 
 
 def _difference(row: Mapping[str, Any], reference: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -409,4 +408,4 @@ def _difference(row: Mapping[str, Any], reference: Mapping[str, Any] | None) -> 
     if reference is None or reference is row:
         return None
     found = [one - other for one, other in zip(row["by_seed"], reference["by_seed"], strict=True)]
-    return {"mean": _mean(found), "ci": _t_interval(found)}
+    return {"mean": _mean(found), "ci": _ends(found)}

@@ -27,6 +27,7 @@ from steerkit.adapters.base import METHODS
 from steerkit.errors import InputError
 from steerkit.plots import page
 from steerkit.runs import atomic_write, read_json
+from steerkit.stats import Interval, mean_interval
 
 MOST_EVIDENCE = 10.0
 _QUIET = "color: var(--quiet)"
@@ -125,7 +126,8 @@ def weigh(claim: Claim, study: str, result: Mapping[str, Any]) -> Evidence | Non
     scores = {name: sign * np.array(row["by_seed"]) for name, row in rows.items()}
     if not pairs or len(scores[pairs[0][0]]) < 2:
         return None
-    mean, error, interval = _mean_difference(scores, pairs)
+    found = _mean_difference(scores, pairs)
+    mean, error = found.estimate, max(found.standard_error, 1e-12)
     spread = max(float(np.std([row["metric_mean"] for row in rows.values()], ddof=1)), 1e-12)
     z = mean / error / math.sqrt(1 + (error / spread) ** 2)
     freedom = len(scores[pairs[0][0]]) - 1
@@ -140,23 +142,15 @@ def weigh(claim: Claim, study: str, result: Mapping[str, Any]) -> Evidence | Non
     }
     forgetting = None
     if all(np.isfinite(forgotten[name]).all() for pair in pairs for name in pair):
-        more, _, between = _mean_difference(forgotten, pairs)
-        forgetting = (more, *between)
+        more = _mean_difference(forgotten, pairs)
+        forgetting = (more.estimate, more.low, more.high)
     told = {(a, b): float((scores[a] - scores[b]).mean()) for a, b in pairs}
-    return Evidence(study, result["config"]["model"], told, mean, interval, factor, forgetting)
+    return Evidence(study, result["config"]["model"], told, mean, (found.low, found.high), factor, forgetting)
 
 
-def _mean_difference(
-    values: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, str]]
-) -> tuple[float, float, tuple[float, float]]:
-    """(mean over pairs and seeds, its standard error over seeds, 95 % interval)."""
-    from scipy.stats import t
-
-    by_seed = np.mean([values[a] - values[b] for a, b in pairs], axis=0)
-    n, mean = len(by_seed), float(by_seed.mean())
-    error = max(float(by_seed.std(ddof=1)) / math.sqrt(n), 1e-12)
-    half = float(t.ppf(0.975, n - 1)) * error
-    return mean, error, (mean - half, mean + half)
+def _mean_difference(values: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, str]]) -> Interval:
+    """Over pairs and seeds, with its error over seeds."""
+    return mean_interval(np.mean([values[a] - values[b] for a, b in pairs], axis=0))
 
 
 def posterior(claim: Claim, evidence: Sequence[Evidence]) -> float:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats as scipy_stats
 from sklearn.metrics import roc_auc_score
 
 from steerkit import stats
@@ -14,6 +15,20 @@ from steerkit.errors import InputError
 
 def mean(sums):
     return sums[..., 0] / sums[..., 1]
+
+
+def test_the_interval_of_a_mean_is_the_jackknifes_and_scipys():
+    values = np.random.default_rng(1).normal(size=5)
+    found = stats.mean_interval(values, level=0.9)
+    jackknifed = stats.jackknife(np.stack([values, np.ones(5)], 1), mean, level=0.9)
+    assert [found.estimate, found.low, found.high, found.standard_error] == pytest.approx(
+        [jackknifed.estimate, jackknifed.low, jackknifed.high, jackknifed.standard_error]
+    )
+    assert (found.low, found.high) == pytest.approx(
+        scipy_stats.t.interval(0.9, 4, loc=values.mean(), scale=scipy_stats.sem(values))
+    )
+    with pytest.raises(InputError, match="at least two"):
+        stats.mean_interval([1.0])
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error():
