@@ -244,6 +244,6 @@ window.steerkit = (() => {
     try { localStorage.setItem("steerkit-theme", chosen); } catch (error) { /* kept for this page only */ }
     apply();
   });
-  return { draw, theme, colour };
+  return { draw, theme, colour, palette: () => palettes[theme()] };
 })();
 """
