@@ -267,7 +267,8 @@ def collect_latents(
     effects: dict[str, Any] = logit_effects(model, sae, sae.config.outputs(site)[0])
     found = pass_.finish()
     found |= near_misses(model, sae, site, looks, found["token_ids"])
-    return LatentStats(info, **found, **pass_.kept_rows(found), **_geometry(sae), **effects)
+    kept = pass_.kept_rows(found)  # before `found` is read: it renumbers rows there
+    return LatentStats(info, **found, **kept, **_geometry(sae), **effects)
 
 
 class _Pass:
