@@ -34,7 +34,7 @@ _MEASURED_TOKENS = 8192
 def build_directions(
     model: HookedModel,
     directions: Float[Tensor, "n width"],
-    names: Sequence[str],
+    names: Sequence[str | tuple[str, str]],
     documents: Documents | Sequence[str] | str,
     site: str,
     out: str | Path,
@@ -51,31 +51,47 @@ def build_directions(
     """Write a dashboard of directions at a site into `out`, and return the path of its page: direction i is the "latents" 2i (+)
     and 2i + 1 (−).
 
-    `thresholds` are values of x·ŵ; without them, or where one is NaN, the mean over 8,192 tokens. Everything else is as in
-    `sae.dashboard.build`, also what it raises; besides, InputError for names or widths that do not match, or a direction of zeros.
+    `names` are those of the directions, or of their two ends. `thresholds` are values of x·ŵ; without them, or where one is NaN,
+    the mean over 8,192 tokens. Everything else is as in `sae.dashboard.build`, also what it raises; besides, InputError for names
+    or widths that do not match, or a direction of zeros.
     """
-    documents = load_documents(documents)
-    first = collect(model, documents, site, tokenization=tokenization, max_tokens=_MEASURED_TOKENS)
-    measured = first.statistics[site]
-    sae = as_latents(directions, measured.mean, thresholds)
     if len(names) != len(directions):
         raise InputError(f"{len(names)} names were given for {len(directions)} directions: each needs one.")
+    ends = [(f"{name} +", f"{name} −") if isinstance(name, str) else name for name in names]
+    sae = fitted_latents(model, directions, documents, site, thresholds=thresholds, tokenization=tokenization)
     return build(
         model,
-        sae.to(model.device),
+        sae,
         documents,
         site,
         out,
         tokenization=tokenization,
         tokens=tokens,
-        sink_threshold=measured.sink_threshold,
+        sink_threshold=sae.metadata["sink_threshold"],
         seed=seed,
         single_file=single_file,
-        title=title or ("Directions" if len(names) > 1 else names[0]),
+        title=title or (" / ".join(ends[0]) if len(ends) == 1 else f"{len(ends)} directions"),
         provenance=provenance,
-        names=[f"{name} {end}" for name in names for end in ("+", "−")],
+        names=[name for pair in ends for name in pair],
         quiet=quiet,
     )
+
+
+def fitted_latents(
+    model: HookedModel,
+    directions: Float[Tensor, "n width"],
+    documents: Documents | Sequence[str] | str,
+    site: str,
+    *,
+    thresholds: Float[Tensor, " n"] | None = None,
+    tokenization: Tokenization | None = None,
+) -> SAE:
+    """`as_latents` with the mean of the documents' first 8,192 tokens, on the model's device; `metadata["sink_threshold"]` too."""
+    documents = load_documents(documents)
+    first = collect(model, documents, site, tokenization=tokenization, max_tokens=_MEASURED_TOKENS)
+    sae = as_latents(directions, first.statistics[site].mean, thresholds).to(model.device)
+    sae.metadata |= {"site": site, "sink_threshold": first.statistics[site].sink_threshold}
+    return sae
 
 
 def as_latents(

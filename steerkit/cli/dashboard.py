@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sae.concepts import ConceptScores, concept_scores
+from sae.dashboard.serve import Reader
+from sae.dashboard.serve import serve as serve_dashboard
 from sae.formats import is_remote
 from sae.pretrained import attach, open_run
 from steerkit.cli.common import Device, Json, Quiet, TextColumn, emit, load_model, say
+from steerkit.cli.directions import holds_directions, open_directions
 from steerkit.errors import InputError
+from steerkit.tokens import Tokenization
 
 _TELLING = 0.8
 """A latent is said to be about a concept from this AUROC on."""
@@ -22,7 +27,8 @@ def dashboard(
         str,
         typer.Argument(
             metavar="RUN",
-            help="A run of `steerkit train sae`; or a directory of another toolkit, hf://user/repo/folder, saelens:release/id.",
+            help="A run of `steerkit train sae`; a directory of another toolkit, hf://user/repo/folder, saelens:release/id; "
+            "or directions: a steering vector's file, probes', or an adapter's run.",
         ),
     ],
     model: Annotated[
@@ -43,6 +49,17 @@ def dashboard(
     single_file: Annotated[
         bool, typer.Option("--single-file", help="One HTML file, for some hundred latents.")
     ] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve it with the model, to read and steer your own text.")
+    ] = False,
+    port: Annotated[int, typer.Option("--port", help="Where --serve listens, on this machine only.")] = 8000,
+    module: Annotated[
+        str | None,
+        typer.Option("--module", help="Of an adapter: the module, by default the one that changed most."),
+    ] = None,
+    writes: Annotated[
+        bool, typer.Option("--writes", help="Of an adapter: what ΔW writes, not what it reads.")
+    ] = False,
     device: Device = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -54,13 +71,26 @@ def dashboard(
         )
     if out is None and not Path(run).is_dir():
         raise InputError(f"{run} is no directory to write the dashboard into: give --out, a directory.")
+    if serve and single_file:
+        raise InputError("A single file is not served: leave out --single-file.")
+    folder = out or Path(run) / "dashboard"
+    kept = serve and (folder / "index.html").exists()
+    if holds_directions(run):
+        if latents != "all":
+            raise InputError("--latents is for an SAE: directions are all drawn.")
+        directions = open_directions(run, model, data, site, text_column, device, module, writes)
+        page = folder / "index.html" if kept else directions.draw(folder, tokens, single_file, quiet)
+        _finish(run, page, directions.reader() if serve else None, port, json, quiet)
+        return
+    if module is not None or writes:
+        raise InputError("--module and --writes are for an adapter.")
     found = open_run(run, model=model, data=data, site=site, text_column=text_column)
     hooked = load_model(found.config["model"], device, found.config["dtype"])
     found = attach(found, hooked)
     if "caution" in found.sae.metadata:
         say(found.sae.metadata["caution"], quiet=quiet)
     concepts = None
-    if found.config["model"] == "storyworld":
+    if found.config["model"] == "storyworld" and not kept:
         say("Scoring the latents on StoryWorld's attributes.", quiet=quiet)
         scores = concept_scores(hooked, found.sae, found.config["site"], per="story", posterior=False)
         concepts = best_concepts(scores)
@@ -69,10 +99,26 @@ def dashboard(
         if not all(part.strip().isdigit() for part in latents.split(",")):
             raise InputError(f"--latents is {latents!r}; give all, top:512, or ids such as 3,17,99.")
         chosen = [int(part) for part in latents.split(",")]
-    drawn = found.dashboard(latents=chosen, tokens=tokens, concepts=concepts, quiet=quiet)
-    page = drawn.save(out or Path(run) / "dashboard", single_file=single_file)
-    say(f"Open {page.resolve()}", quiet=quiet)
+    if kept:
+        page = folder / "index.html"
+    else:
+        drawn = found.dashboard(latents=chosen, tokens=tokens, concepts=concepts, quiet=quiet)
+        page = drawn.save(folder, single_file=single_file)
+    tokenization, threshold = (
+        Tokenization(**found.config["tokenization"]),
+        found.sae.metadata["sink_threshold"],
+    )
+    reader = Reader(hooked, found.sae, found.config["site"], tokenization, threshold) if serve else None
+    _finish(run, page, reader, port, json, quiet)
+
+
+def _finish(run: str, page: Path, reader: Reader | None, port: int, json: bool, quiet: bool) -> None:
+    """Tell where the page is; serve it until Ctrl-C if there is a reader."""
     emit({"run": run, "page": str(page.resolve())}, as_json=json)
+    if reader is None:
+        say(f"Open {page.resolve()}", quiet=quiet)
+    else:
+        serve_dashboard(page.parent, reader, port=port, announce=partial(say, quiet=quiet))
 
 
 def best_concepts(scores: ConceptScores) -> dict[int, tuple[str, float]]:

@@ -16,12 +16,18 @@ from torch import Tensor
 
 from probes.linear import FORMAT as PROBES
 from probes.linear import LinearProbe, load_probes
+from sae.dashboard import build_directions
+from sae.dashboard.directions import fitted_latents
+from sae.dashboard.serve import Reader
+from steerkit.cli.common import load_model
+from steerkit.data import Documents, load_documents
 from steerkit.errors import InputError, SiteError
 from steerkit.loading import ADAPTER_RECORD
 from steerkit.models import HookedModel
 from steerkit.runs import read_json
 from steerkit.sites import probe_ids
 from steerkit.steering import load_any
+from steerkit.steering.vector import FORMAT as VECTOR
 
 N_SINGULAR = 8
 """Singular directions of a weight change that are shown, at most."""
@@ -32,7 +38,8 @@ class Directions:
     """What a dashboard of directions shows."""
 
     site: str
-    names: list[str]
+    names: list[str | tuple[str, str]]
+    """Of each direction, or of its two ends."""
     vectors: Float[Tensor, "n width"]
     thresholds: Float[Tensor, " n"] | None = None
     """Of the projections on the unit directions; None: the data's mean."""
@@ -40,8 +47,66 @@ class Directions:
 
 
 def holds_directions(path: str | Path) -> bool:
-    """Whether `path` is a file of a vector or of probes, or an adapter's directory."""
-    return Path(path).is_file() or _adapter(Path(path)) is not None
+    """Whether `path` is a file of a steering vector or of probes, or an adapter's directory."""
+    path = Path(path)
+    return path.suffix == ".gguf" or _format(path) in (PROBES, VECTOR) or _adapter(path) is not None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Directions, and what they are looked at with."""
+
+    directions: Directions
+    model: HookedModel
+    documents: Documents
+
+    def draw(
+        self, out: str | Path, tokens: int = 200_000, single_file: bool = False, quiet: bool = False
+    ) -> Path:
+        """Write the dashboard; returns its page."""
+        found = self.directions
+        return build_directions(
+            self.model,
+            found.vectors,
+            found.names,
+            self.documents,
+            found.site,
+            out,
+            thresholds=found.thresholds,
+            tokens=tokens,
+            single_file=single_file,
+            provenance=found.about,
+            quiet=quiet,
+        )
+
+    def reader(self) -> Reader:
+        """What reads and steers by the directions' ends."""
+        found = self.directions
+        sae = fitted_latents(
+            self.model, found.vectors, self.documents, found.site, thresholds=found.thresholds
+        )
+        return Reader(self.model, sae, found.site, sink_threshold=sae.metadata["sink_threshold"])
+
+
+def open_directions(
+    path: str | Path,
+    model: str | None = None,
+    data: str | None = None,
+    site: str | None = None,
+    text_column: str | None = None,
+    device: str | None = None,
+    module: str | None = None,
+    writes: bool = False,
+) -> Opened:
+    """See `read_directions`; model and text that are not given are the file's own, and StoryWorld's stories for its model."""
+    name = model or model_of(path)
+    if name is None:
+        raise InputError(f"{path} does not say which model it is for: give --model.")
+    if data is None and name != "storyworld":
+        raise InputError("Which text? Give --data: a file, a data set id or storyworld.")
+    hooked = load_model(name, device, None)
+    found = read_directions(path, hooked, site=site, module=module, writes=writes)
+    return Opened(found, hooked, load_documents(data or "storyworld", text_column=text_column))
 
 
 def model_of(path: str | Path) -> str | None:
@@ -93,8 +158,8 @@ def _format(path: Path) -> str | None:
 
 
 def _one_of(path: Path, sites: list[str], site: str | None) -> str:
-    if site in sites:
-        return site  # type: ignore[return-value]
+    if site is not None and site in sites:
+        return site
     if site is None and len(sites) == 1:
         return sites[0]
     asked = "several sites" if site is None else f"nothing at {site}"
@@ -118,12 +183,17 @@ def _of_probes(path: Path, site: str | None) -> Directions:
         raise InputError(f"{path} has no linear probe: only those have directions.")
     chosen = _one_of(path, list(linear), site)
     probe = linear[chosen]
-    classes = probe.classes[1:] if len(probe.weight) == 1 else probe.classes
-    vectors = torch.stack([probe.direction(label) for label in classes])
-    bias = probe.bias if len(probe.weight) == 1 else _against_others(probe.bias)
+    names: list[str | tuple[str, str]]
+    if len(probe.weight) == 1:
+        names = [(str(probe.classes[1]), str(probe.classes[0]))]
+        vectors, bias = probe.direction()[None], probe.bias
+    else:
+        names = [str(label) for label in probe.classes]
+        vectors = torch.stack([probe.direction(label) for label in probe.classes])
+        bias = _against_others(probe.bias)
     thresholds = (vectors @ probe.center - bias) / vectors.norm(dim=1)
     about = {"probes": str(path), "method": probe.method, "classes": list(map(str, probe.classes))}
-    return Directions(probe.site or chosen, list(map(str, classes)), vectors, thresholds, about)
+    return Directions(probe.site or chosen, names, vectors, thresholds, about)
 
 
 def _against_others(bias: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
