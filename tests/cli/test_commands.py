@@ -176,12 +176,6 @@ def test_inspect_lists_verified_sites():
     assert sites[SITE]["width"] == found["d_model"] == 128
 
 
-def test_doctor_passes_here():
-    found, _ = steerkit("doctor", "--json")
-    assert found["ok"]
-    assert {"python", "torch", "self-check"} <= {check["name"] for check in found["checks"]}
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
