@@ -115,7 +115,7 @@ def as_latents(
         if given.shape != cut.shape:
             raise InputError(f"{len(given)} thresholds were given for {len(cut)} directions.")
         cut = torch.where(given.isnan(), cut, given)
-    sae = L1(d_sae=2 * len(w), target_l0=None, l1=0.0).build(w.shape[1])
+    sae = L1(d_sae=2 * len(w), target_l0=None, l1=0.0).build(w.shape[1]).requires_grad_(False)
     with torch.no_grad():
         sae.W_enc.copy_(torch.stack([unit, -unit], 1).flatten(0, 1).T)
         sae.W_dec.copy_(torch.stack([w, -w], 1).flatten(0, 1))
