@@ -31,6 +31,8 @@ from steerkit.runs import write_json
 
 RATES = {"lora": 6e-3, "dora": 6e-3, "svft": 1.6e-2, "full": 1e-3}
 """Learning rates that `adapt bench` found on StoryWorld; the method's own otherwise."""
+FASTER = (1.0, 10**0.5, 10.0)
+"""Multiples of full fine-tuning's step that are tried in random subspaces."""
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 RANK = 8
 
@@ -130,17 +132,25 @@ def match(lora: dict[str, Change], full: dict[str, Change]) -> dict[str, float]:
 def intrinsic(
     model: HookedModel, task: Task, options: argparse.Namespace, base: float, full: float
 ) -> dict[str, Any]:
-    """Scores of training in random subspaces of several dimensions, and d90."""
+    """Scores of training in random subspaces of several dimensions, at the learning rates best on validation, and d90."""
     scores: dict[int, float] = {}
+    rates: dict[int, float] = {}
     size = sum(p.numel() for p in model.model.parameters())
     for d in options.dimensions:
-        rate = RATES["full"] * (size / d) ** 0.5  # so that a step moves the weights as far as it does in full
-        with RandomSubspace(model.model, d, seed=0):
-            finetune(model, task.objective, FinetuneConfig(lr=rate, seed=1))
-            scores[d] = score(task, model)
-        print(f"subspace of {d}: {task.metric} {scores[d]:.4f}", flush=True)
+        found = []
+        for faster in FASTER:
+            rate = (
+                faster * RATES["full"] * (size / d) ** 0.5
+            )  # 1: a step moves the weights as far as it does in full
+            with RandomSubspace(model.model, d, seed=0):
+                finetune(model, task.objective, FinetuneConfig(lr=rate, seed=1))
+                loss = task.objective.evaluate(model, "validation").mean("loss")
+                found.append((loss, rate, score(task, model)))
+        _, rates[d], scores[d] = min(found)
+        print(f"subspace of {d}: {task.metric} {scores[d]:.4f} at {rates[d]:.2g}", flush=True)
     return {
         "scores": scores,
+        "rates": rates,
         "d90": d90(scores, full, chance=base),
         "parameters": size,
     }
@@ -171,7 +181,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--methods", default="full,lora,dora,svft")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--n-train", type=int, default=600)
-    parser.add_argument("--dimensions", type=int, nargs="*", default=[16, 64, 256, 1024, 4096])
+    parser.add_argument("--dimensions", type=int, nargs="*", default=[256, 1024, 4096, 16384, 65536])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/inside"))
     return parser.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -46,5 +47,15 @@ class SingularEdit(Edit):
         inside = x.to(self.S.dtype) @ self.Vh.T @ self.core().T
         return y + (inside @ self.U.T).to(y.dtype)
 
+    def coupled(self) -> Float[Tensor, "r d_in"]:
+        """C Vᵀ."""
+        return self.core() @ self.Vh
+
+    def folded(self, weight: Float[Tensor, "d_out d_in"], n_tokens: int) -> Tensor | None:
+        r, (d_out, d_in) = len(self.S), weight.shape  # multiplications, forward and backward
+        apart = 2 * n_tokens * r * (d_in + r + d_out)
+        together = n_tokens * d_in * d_out + 2 * r * d_in * (d_out + r)
+        return torch.addmm(weight, self.U, self.coupled()) if together < apart else None
+
     def delta(self, weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
-        return self.U @ self.core() @ self.Vh
+        return self.U @ self.coupled()

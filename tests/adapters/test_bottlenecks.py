@@ -8,7 +8,7 @@ import transformers
 from torch.nn import functional as F
 
 from steerkit import adapters
-from steerkit.adapters.methods.compacter import kronecker_sum
+from steerkit.adapters.methods.compacter import kronecker
 from steerkit.errors import InputError
 from steerkit.models import HookedModel
 
@@ -126,9 +126,11 @@ def test_parallel_goes_beside_ffns_only(model):
 
 def test_a_compacters_matrices_are_sums_of_kronecker_products():
     generator = torch.Generator().manual_seed(0)
-    A, s, t = (torch.randn(shape, generator=generator) for shape in ((4, 4, 4), (4, 3), (4, 5)))
+    A, s, t, x = (
+        torch.randn(shape, generator=generator) for shape in ((4, 4, 4), (4, 3), (4, 5), (2, 6, 20))
+    )
     expected = sum(torch.kron(A[i], torch.outer(s[i], t[i])) for i in range(4))
-    torch.testing.assert_close(kronecker_sum(A, s, t), expected)
+    torch.testing.assert_close(kronecker(x, A, s, t), x @ expected.T)
 
 
 def test_compacters_share_one_factor(model, tmp_path):

@@ -87,14 +87,13 @@ class _Compacter(Edit):
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y = base(x)
-        D, U = kronecker_sum(self.A, self.s, self.t), kronecker_sum(self.A, self.u, self.v)
-        inner = self.activation(nn.functional.linear(y.to(D.dtype), D, self.b_D))
-        return y + self.alpha * nn.functional.linear(inner, U, self.b_U).to(y.dtype)
+        inner = self.activation(kronecker(y.to(self.s.dtype), self.A, self.s, self.t).add_(self.b_D))
+        return y + self.alpha * (kronecker(inner, self.A, self.u, self.v) + self.b_U).to(y.dtype)
 
 
-def kronecker_sum(
-    A: Float[Tensor, "n n n"], s: Float[Tensor, "n p"], t: Float[Tensor, "n q"]
-) -> Float[Tensor, "n*p n*q"]:
-    """Σ_i A_i ⊗ s_i t_iᵀ"""
-    n, p, q = len(A), s.shape[1], t.shape[1]
-    return torch.einsum("iab,ip,iq->apbq", A, s, t).reshape(n * p, n * q)
+def kronecker(
+    x: Float[Tensor, "*any n*q"], A: Float[Tensor, "n n n"], s: Float[Tensor, "n p"], t: Float[Tensor, "n q"]
+) -> Float[Tensor, "*any n*p"]:
+    """(Σ_i A_i ⊗ s_i t_iᵀ) x. The matrix, whose rank is n² at most, is not made."""
+    inside = torch.einsum("iab,...bi->...ai", A, x.unflatten(-1, (len(A), -1)) @ t.T)
+    return (inside @ s).flatten(-2)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from steerkit.adapters.base import EditMethod, register
@@ -107,11 +108,8 @@ class _DiffPruning(Edit):
 
     def gates(self, drawn: bool = False) -> Float[Tensor, "d_out d_in"]:
         """z: with u drawn, or of u = 1/2."""
-        noise: float | Tensor = 0.0
-        if drawn:
-            u = torch.rand_like(self.a).clamp(1e-6, 1 - 1e-6)
-            noise = u.log() - (-u).log1p()
-        return ((self.a + noise).sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
+        u = torch.rand_like(self.a).clamp_(1e-6, 1 - 1e-6) if drawn else None
+        return _Gates.apply(self.a, u)
 
     def change(self, drawn: bool = False) -> Float[Tensor, "d_out d_in"]:
         """z ∘ w."""
@@ -125,9 +123,30 @@ class _DiffPruning(Edit):
     def penalty(self) -> Tensor:
         return self.l0 * (self.a - math.log(-LOW / HIGH)).sigmoid().sum()
 
+    def folded(self, weight: Float[Tensor, "d_out d_in"], n_tokens: int) -> Tensor:
+        return weight + self.change(self.training)
+
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y = base(x)
         return y + F.linear(x.to(self.w.dtype), self.change(self.training)).to(y.dtype)
 
     def delta(self, weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         return self.change()
+
+
+class _Gates(torch.autograd.Function):
+    """z of a and u, with few arrays as large as the weight: s = u / (u + (1 - u) e⁻ᵃ)."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, u: Tensor | None) -> Tensor:
+        s = a.sigmoid() if u is None else u / a.neg().exp_().mul_(1 - u).add_(u)
+        z = s.mul(HIGH - LOW).add_(LOW).clamp_(0, 1)
+        slope = s.addcmul_(s, s, value=-1).mul_(HIGH - LOW).mul_((z > 0).logical_and_(z < 1))
+        ctx.save_for_backward(slope)
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None

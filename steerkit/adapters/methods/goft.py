@@ -12,11 +12,12 @@ besides, as in the published code.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from steerkit.adapters.base import EditMethod, register
 from steerkit.adapters.slots import Slot
@@ -50,14 +51,53 @@ class GOFT(EditMethod):
 
 def cascade(x: Float[Tensor, "... d"], blocks: Float[Tensor, "d_minus_1 2 2"]) -> Float[Tensor, "... d"]:
     """Q x with these 2 × 2 blocks instead of rotations: those of the greatest stride first. An odd coordinate is handed on too."""
-    n_pairs = x.shape[-1] // 2
-    if not n_pairs:
-        return x
-    ((aa, ab), (ba, bb)) = (row.unbind(-1) for row in blocks[:n_pairs].unbind(-2))
-    a, b, odd = x.split([n_pairs, n_pairs, x.shape[-1] % 2], dim=-1)
-    on = torch.cat([aa * a + ab * b, odd], dim=-1)
-    on = cascade(on, blocks[n_pairs:])
-    return torch.cat([on[..., :n_pairs], ba * a + bb * b, on[..., n_pairs:]], dim=-1)
+    return _Cascade.apply(x.reshape(-1, x.shape[-1]), blocks).view_as(x) if len(blocks) else x
+
+
+class _Cascade(torch.autograd.Function):
+    """Each stride computes its lower half, which stays, and hands on the upper; a few passes over either, forth and back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, blocks: Tensor) -> Tensor:
+        handed, stay = [x], []
+        for (aa, ab), (ba, bb) in _strides(x.shape[-1], blocks):
+            a, b, odd = handed[-1].tensor_split([len(aa), 2 * len(aa)], dim=-1)
+            stay.append(torch.mul(a, ba).addcmul_(b, bb))
+            on = torch.mul(a, aa).addcmul_(b, ab)
+            handed.append(torch.cat([on, odd], dim=-1) if odd.numel() else on)
+        y = handed.pop()
+        for below in reversed(stay):
+            n = below.shape[-1]
+            y = torch.cat([y[:, :n], below, y[:, n:]], dim=-1)
+        ctx.save_for_backward(blocks, *handed)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        blocks, *handed = ctx.saved_tensors
+        strides, stay = _strides(grad.shape[-1], blocks), []
+        for (aa, _), _ in strides:
+            on, below, odd = grad.tensor_split([len(aa), 2 * len(aa)], dim=-1)
+            stay.append(below)
+            grad = torch.cat([on, odd], dim=-1) if odd.numel() else on
+        parts = []
+        for ((aa, ab), (ba, bb)), below, x in zip(reversed(strides), reversed(stay), reversed(handed)):
+            n = len(aa)
+            a, b, on = x[:, :n], x[:, n : 2 * n], grad[:, :n]
+            parts.append(torch.stack([(g * side).sum(0) for g in (on, below) for side in (a, b)], dim=-1))
+            first, second = torch.mul(on, aa).addcmul_(below, ba), torch.mul(on, ab).addcmul_(below, bb)
+            grad = torch.cat([first, second, grad[:, n:]], dim=-1)
+        return grad, torch.cat(parts[::-1]).view_as(blocks)
+
+
+def _strides(d: int, blocks: Float[Tensor, "d_minus_1 2 2"]) -> list[Any]:
+    """The entries ((aa, ab), (ba, bb)) of the blocks of each stride, the greatest first."""
+    sizes = []
+    while d > 1:
+        sizes.append(d // 2)
+        d -= d // 2
+    return [[row.unbind(-1) for row in part.unbind(-2)] for part in blocks.split(sizes)]
 
 
 class CascadeEdit(Edit):

@@ -14,12 +14,16 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from steerkit.adapters.base import EditMethod, register
 from steerkit.adapters.singular import SingularEdit
 from steerkit.adapters.slots import Slot
 from steerkit.adapters.tuner import Edit, Target
 from steerkit.errors import InputError
+
+BAND = 32
+"""Rows of M that are multiplied together where it is banded."""
 
 
 @register
@@ -78,8 +82,20 @@ class _SVFT(SingularEdit):
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
         self.M = nn.Parameter(torch.zeros(len(rows)))
+        self.reach = int((rows - columns).abs().max())
 
     def core(self) -> Float[Tensor, "k k"]:
         """M."""
         k = len(self.S)
         return self.M.new_zeros(k, k).index_put((self.rows, self.columns), self.M)
+
+    def coupled(self) -> Float[Tensor, "k d_in"]:
+        """M Vᵀ, a band of M's rows at a time: its entries lie `reach` columns at most beyond the band."""
+        k, n_bands = len(self.S), -(-len(self.S) // BAND)
+        if self.reach + BAND > k // 2:
+            return super().coupled()
+        columns = self.columns - self.rows // BAND * BAND + self.reach
+        bands = self.M.new_zeros(n_bands, BAND, BAND + 2 * self.reach)
+        bands = bands.index_put((self.rows // BAND, self.rows % BAND, columns), self.M)
+        padded = F.pad(self.Vh, (0, 0, self.reach, n_bands * BAND - k + self.reach))
+        return (bands @ padded.unfold(0, BAND + 2 * self.reach, BAND).mT).flatten(0, 1)[:k]
