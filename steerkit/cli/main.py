@@ -8,6 +8,7 @@ from steerkit.cli import (
     adapt,
     cache,
     compare,
+    concept,
     convert,
     dashboard,
     demo,
@@ -53,6 +54,7 @@ app.command("cache")(command(cache.cache))
 app.command("dashboard")(command(dashboard.dashboard))
 app.command("probe")(command(probe.probe))
 app.command("compare")(command(compare.compare))
+app.command("concept")(command(concept.concept))
 train_app.command("sae")(command(train.train_sae))
 sweep_app.command("sae")(command(sweep.sweep_sae))
 eval_app.command("sae")(command(evaluate.eval_sae))

@@ -96,9 +96,12 @@ class Pairs(Sequence[Pair]):
         return Pairs((Pair(p.negative, p.positive, p.prompt) for p in self), f"{self.name}, swapped")
 
     def shuffled_sides(self, seed: int = 0) -> Pairs:
-        """Each pair's sides in random order: what a method finds in them is found by chance."""
-        rng = random.Random(seed)
-        sides = (p if rng.random() < 0.5 else Pair(p.negative, p.positive, p.prompt) for p in self)
+        """The sides of half of the pairs, drawn at random, exchanged: what is found in them is found by chance.
+
+        Just half (rounded down), so that what all pairs have in common cancels, rather than stay with either sign.
+        """
+        exchanged = set(random.Random(seed).sample(range(len(self)), len(self) // 2))
+        sides = (Pair(p.negative, p.positive, p.prompt) if i in exchanged else p for i, p in enumerate(self))
         return Pairs(sides, f"{self.name}, sides shuffled")
 
     def split(self, *shares: float, seed: int = 0) -> tuple[Pairs, ...]:

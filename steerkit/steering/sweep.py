@@ -67,6 +67,9 @@ class SweepConfig:
     """Divergences at which methods are compared, nats a sequence; rising."""
     strengths: tuple[float, ...] = ()
     """Fixed strengths instead, the same for all methods."""
+    at: float | None = None
+    """One of the targets, at which every method is told whatever it brings there, and its null: their `best` is the strength whose
+    divergence on validation is nearest to it. None: the most effective strength within the budgets."""
     kl_budget: float = 10.0
     """What the best strength may cost."""
     grammar_budget: float = 0.1
@@ -82,10 +85,17 @@ class SweepConfig:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Method -> its settings, where they are not the defaults."""
 
+    @property
+    def target(self) -> float:
+        """The divergence that sites are compared at."""
+        return middle(self.kl_targets) if self.at is None else self.at
+
     def __post_init__(self) -> None:
         targets = list(self.kl_targets)
         if not targets or targets[0] <= 0 or targets != sorted(set(targets)):
             raise InputError(f"kl_targets is {self.kl_targets}; they are positive and rise.")
+        if self.at is not None and (self.at not in targets or self.strengths):
+            raise InputError(f"at is {self.at:g}; it is one of kl_targets ({targets}), without strengths.")
         if self.where not in WHERES:
             raise InputError(f"where is {self.where!r}; it is one of {', '.join(WHERES)}.")
         for name in (*self.methods, *(self.shuffled or ()), *self.settings):
@@ -249,7 +259,11 @@ class _Sweep:
             found = tried[site]
         else:
             found = [self._calibrated(name, site, vector, target) for target in self.config.kl_targets]
-        allowed = [record for record in found if self._within(record)]
+        if self.config.at is None:
+            allowed = [record for record in found if self._within(record)]
+        else:
+            nearest = min(found, key=lambda record: _distance(record, self.config.target))
+            allowed = [nearest] if nearest["destroyed"] is None else []
         for record in found:
             self._measured("test", name, site, vector, record["strength"])
         if not allowed:
@@ -269,7 +283,7 @@ class _Sweep:
         except SteerkitError as error:
             self.best[null] = {"method": null, "site": site, "reason": str(error)}
             return
-        target = chosen.get("kl") or middle(self.config.kl_targets)
+        target = self.config.at or chosen.get("kl") or self.config.target
         strength = self._calibrated(null, site, vector, target)["strength"]
         self.best[null] = self._measured("test", null, site, vector, strength)
 
@@ -303,7 +317,7 @@ class _Sweep:
             for positions, schedule, where in _ways(self.config.max_new_tokens):
                 name = f"{method}: {positions}, {schedule}"
                 placed = replace(vector, where=where)
-                strength = self._calibrated(name, site, placed, middle(self.config.kl_targets))["strength"]
+                strength = self._calibrated(name, site, placed, self.config.target)["strength"]
                 found = self._measured("test", name, site, placed, strength)
                 told = {"method": method, "positions": positions, "schedule": schedule}
                 self.study[f"{name} at {site}"] = {**found, **told}
@@ -333,7 +347,7 @@ class _Sweep:
         """What a site is chosen by: validation at the middle target, or at all strengths that are given."""
         if self.config.strengths:
             return [self._measured("validation", name, site, vector, s) for s in self.config.strengths]
-        return [self._calibrated(name, site, vector, middle(self.config.kl_targets))]
+        return [self._calibrated(name, site, vector, self.config.target)]
 
     def _calibrated(self, name: str, site: str, vector: SteeringVector, target: float) -> dict[str, Any]:
         """The validation measurement whose divergence is nearest to the target.

@@ -45,20 +45,15 @@ def write_report(result: SweepResult, path: str | Path) -> Path:
         )
         + "Bars are 95 % intervals over prompts.</p>",
         _front(result, effect),
-        "<h2>The best strength within the budgets</h2>",
-        f"<p>Chosen on validation: the greatest effect at no more than {result.config['kl_budget']:g} nats a sequence"
-        + (
-            f" and at most {100 * result.config['grammar_budget']:.0f} points of grammaticality lost"
-            if result.base["grammaticality"] is not None
-            else ""
-        )
+        "<h2>The strength that was chosen</h2>",
+        f"<p>Chosen on validation: {_chosen_told(result)}"
         + f". All figures are of test prompts. {_nulls_told(result)}</p>",
         _table(result, effect),
         "<h2>Dose and response</h2>",
         "<p>All strengths that were tried at each method's best site, on validation prompts.</p>",
         _doses(result),
     ]
-    target = middle(result.config["kl_targets"])
+    target = result.config["at"] or middle(result.config["kl_targets"])
     sites = _sites(result)
     if sites is not None:
         parts += [
@@ -97,6 +92,17 @@ def _introduction(result: SweepResult, effect: _Effect) -> str:
     )
 
 
+def _chosen_told(result: SweepResult) -> str:
+    """What the strength was chosen by."""
+    config = result.config
+    if config["at"] is not None:
+        return f"the strength that costs nearest to {config['at']:g} nats a sequence"
+    told = f"the greatest effect at no more than {config['kl_budget']:g} nats a sequence"
+    if result.base["grammaticality"] is not None:
+        told += f" and at most {100 * config['grammar_budget']:.0f} points of grammaticality lost"
+    return told
+
+
 def _nulls_told(result: SweepResult) -> str:
     """Which methods have a null of shuffled sides, and which have not."""
     methods = [
@@ -104,8 +110,8 @@ def _nulls_told(result: SweepResult) -> str:
     ]
     without = [name for name in methods if name + SHUFFLED not in result.best and name != "random"]
     told = (
-        "“Sides shuffled” is the same method fitted on pairs whose sides are in random order, at the same site and about the same "
-        "divergence."
+        "“Sides shuffled” is the same method fitted on pairs of which half have their sides exchanged, at the same site and about "
+        "the same divergence."
     )
     if without:
         named = ", ".join(f"<code>{html.escape(name)}</code>" for name in without)
@@ -351,7 +357,7 @@ def _sites(result: SweepResult) -> Any:
     """Methods by sites; None where only one site was tried."""
     from plotly import graph_objects as go
 
-    target = middle(result.config["kl_targets"])
+    target = result.config["at"] or middle(result.config["kl_targets"])
     nearest: dict[tuple[str, str], Record] = {}
     for record in result.validation:
         if record["kl"] is None or record["site"] == OWN or record["method"].endswith(SHUFFLED):

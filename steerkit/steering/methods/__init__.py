@@ -7,13 +7,16 @@ from steerkit.steering.methods.bipo import BiPO
 from steerkit.steering.methods.fgaa import FGAA, fit_effects
 from steerkit.steering.methods.iti import ITI
 from steerkit.steering.methods.lda import LDA
+from steerkit.steering.methods.linear_probe import LinearProbeDirection
 from steerkit.steering.methods.logistic import Logistic
+from steerkit.steering.methods.lora import LoRA
 from steerkit.steering.methods.mean_centring import MeanCentring
 from steerkit.steering.methods.mean_diff import MeanDiff
 from steerkit.steering.methods.pca import PCA
 from steerkit.steering.methods.random_direction import RandomDirection
 from steerkit.steering.methods.reft import ReFT
 from steerkit.steering.methods.reft_r1 import ReFTr1
+from steerkit.steering.methods.sae_latent import SAELatent
 from steerkit.steering.methods.unembedding import Unembedding
 from steerkit.steering.methods.weight_arithmetic import WeightArithmetic
 from steerkit.steering.methods.whitened import Whitened
@@ -27,6 +30,8 @@ __all__ = [
     "ActAdd",
     "AntiPaSTO",
     "BiPO",
+    "LinearProbeDirection",
+    "LoRA",
     "Logistic",
     "MeanCentring",
     "MeanDiff",
@@ -34,6 +39,7 @@ __all__ = [
     "RandomDirection",
     "ReFT",
     "ReFTr1",
+    "SAELatent",
     "Unembedding",
     "WeightArithmetic",
     "Whitened",

@@ -68,7 +68,7 @@ class FGAA(Method):
     of_sites: ClassVar[bool] = False
 
     def fit(self, model: HookedModel, pairs: Pairs, sites: Sequence[str] = ()) -> SteeringVector:
-        sae, site = self._sae(model, sites)
+        sae, site = sae_and_site(self.sae, model, sites)
         positive, negative, density, opening, shift = _read(model, sae, site, pairs, self.first_tokens)
         difference = positive - negative
         kept = torch.ones(sae.d_sae, dtype=torch.bool)
@@ -107,22 +107,24 @@ class FGAA(Method):
         }
         return SteeringVector.add({site: vector}, **provenance)
 
-    def _sae(self, model: HookedModel, sites: Sequence[str]) -> tuple[SAE, str]:
-        from sae import load
 
-        found = load(self.sae) if not isinstance(self.sae, SAE) and self.sae is not None else self.sae
-        if found is None:
-            raise InputError(
-                "FGAA needs the latents of a sparse autoencoder: give sae=…, an SAE or its directory."
-            )
-        site = found.metadata.get("site") or (sites[0] if sites else None)
-        if site is None:
-            raise InputError("The SAE does not say which site it is of: give it.")
-        if model.site(site).width != found.d_in:
-            raise InputError(
-                f"The SAE is of width {found.d_in}, and {site} of {model.name} is {model.site(site).width} wide."
-            )
-        return found, site
+def sae_and_site(given: Any, model: HookedModel, sites: Sequence[str] = ()) -> tuple[SAE, str]:
+    """The SAE that is given, or whose directory is, and where it reads. Raises InputError for one of another width."""
+    from sae import load
+
+    found = load(given) if not isinstance(given, SAE) and given is not None else given
+    if found is None:
+        raise InputError(
+            "This needs the latents of a sparse autoencoder: give sae=…, an SAE or its directory."
+        )
+    site = found.metadata.get("site") or (sites[0] if sites else None)
+    if site is None:
+        raise InputError("The SAE does not say which site it is of: give it.")
+    if model.site(site).width != found.d_in:
+        raise InputError(
+            f"The SAE is of width {found.d_in}, and {site} of {model.name} is {model.site(site).width} wide."
+        )
+    return found, site
 
 
 def _read(
