@@ -267,8 +267,7 @@ def collect_latents(
     effects: dict[str, Any] = logit_effects(model, sae, sae.config.outputs(site)[0])
     found = pass_.finish()
     found |= near_misses(model, sae, site, looks, found["token_ids"])
-    kept = pass_.kept_rows(found)  # before `found` is read: it renumbers rows there
-    return LatentStats(info, **found, **kept, **_geometry(sae), **effects)
+    return LatentStats(info, **pass_.with_rows(found), **_geometry(sae), **effects)
 
 
 class _Pass:
@@ -358,15 +357,19 @@ class _Pass:
             **self._examples(),
         }
 
-    def kept_rows(self, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The rows that something is shown in. Their numbers in `found` become those among them."""
-        named = found.keys() & {"example_row", "miss_row"}
-        used = np.unique(np.concatenate([found[name].ravel() for name in named]))
+    def with_rows(self, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What was found, with the rows that something is shown in, and rows by their number among those."""
+        named = [found["example_row"], found["miss_row"]]
+        used = np.unique(np.concatenate([numbers.ravel() for numbers in named]))
         used = used[used >= 0]
-        for name in named:
-            found[name] = np.where(found[name] < 0, -1, np.searchsorted(used, found[name])).astype(np.int32)
+        example, miss = (
+            np.where(numbers < 0, -1, np.searchsorted(used, numbers)).astype(np.int32) for numbers in named
+        )
         rows = [self.rows[i] for i in used]
         return {
+            **found,
+            "example_row": example,
+            "miss_row": miss,
             "row_start": np.cumsum([0, *map(len, rows)]),
             "row_tokens": np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32),
             "row_document": np.array([self.row_document[i] for i in used], dtype=np.int64),

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from sae.architectures.base import SAE
-from sae.dashboard.pieces import readable_tokens, token_style
+from sae.dashboard.content import Content
 from sae.latents import LatentStats, collect_latents
 from steerkit.activations import Tokenization
 from steerkit.data import Documents
@@ -32,8 +32,6 @@ from steerkit.models import HookedModel
 from steerkit.plots import copy_plotly, plotly_source, script_json, theme_css, theme_js
 from steerkit.runs import atomic_path, atomic_write, jsonable, write_json
 
-LATENTS_A_SHARD = 64
-TOKENS_A_SHARD = 65_536
 SINGLE_FILE_BYTES = 50_000_000
 MARKER = "steerkit-dashboard.json"
 _ARCH_NAMES = {"topk": "TopK", "l1": "L1", "sqrt_l1": "√L1", "gated": "Gated", "jumprelu": "JumpReLU"}
@@ -93,138 +91,31 @@ def build(
     if stats.d_sae != sae.d_sae:
         raise InputError(f"The statistics are of {stats.d_sae} latents, the SAE has {sae.d_sae}.")
     ids = _select(chosen, stats)
-    content = _Content(model, sae, stats, ids, dict(concepts or {}))
+    content = Content(model, sae, stats, ids, dict(concepts or {}), directions=names is not None)
     name = "/".join(Path(stats.info["model"]).parts[-2:])
     content.head |= {
         "title": title or f"{_ARCH_NAMES.get(sae.arch, sae.arch)} SAE of {name}",
         "subtitle": f"{name} · {stats.info['site']}",
-        "arch": _ARCH_NAMES.get(sae.arch, sae.arch),
+        "arch": "directions" if names is not None else _ARCH_NAMES.get(sae.arch, sae.arch),
         "summary": jsonable(_summary(sae, stats, summary or {})),
         "provenance": jsonable({**stats.info, **(provenance or {})}),
     }
     if names is not None:
-        content.head |= {"directions": True, "arch": "directions"}
-        content.head["table"]["name"] = [names[i] for i in ids]
+        content.head["directions"] = True
+        content.table["name"] = [names[i] for i in ids]
     if single_file:
         return _write_single(out, content)
     return _write_directory(out, content)
 
 
-class _Content:
-    """What the page shows, as plain data: `head` at once, `shards` when they are needed."""
-
-    def __init__(
-        self,
-        model: HookedModel,
-        sae: SAE,
-        stats: LatentStats,
-        ids: np.ndarray,
-        concepts: dict[int, tuple[str, float]],
-    ) -> None:
-        self.stats, self.ids = stats, ids
-        self.row_number: dict[int, int] = {}
-        self.rows: list[np.ndarray] = []
-        self.used_tokens: set[int] = set()
-        self.shards: dict[str, Any] = {}
-        for start in range(0, len(ids), LATENTS_A_SHARD):
-            part = ids[start : start + LATENTS_A_SHARD]
-            self.shards[f"latents-{start // LATENTS_A_SHARD}"] = [self._latent(int(i)) for i in part]
-        row_shards = self._row_shards()
-        lists = stats.token_ids[ids].flatten().tolist()
-        self.used_tokens.update(i for i in lists if i >= 0)
-        used = sorted(self.used_tokens)
-        self.shards["tokens"] = {"ids": used, "text": readable_tokens(model.tokenizer, used)}
-        top = [int(i) for i in sorted({i for i in stats.token_ids[ids, :4].flatten().tolist() if i >= 0})]
-        described = [concepts.get(int(i)) for i in ids]
-        self.head: dict[str, Any] = {
-            "d_sae": stats.d_sae,
-            "tokens": stats.n_tokens,
-            "style": token_style(model.tokenizer),
-            "special": sorted(model.special_ids & self.used_tokens),
-            "edges": _rounded(stats.edges),
-            "per_shard": LATENTS_A_SHARD,
-            "row_shards": row_shards,
-            "dead": np.flatnonzero(stats.count == 0).tolist(),
-            "n_alive": int((stats.count > 0).sum()),
-            "top_text": [top, readable_tokens(model.tokenizer, top)],
-            "table": {
-                "id": ids.tolist(),
-                "count": stats.count[ids].tolist(),
-                "max": _rounded(stats.maximum[ids]),
-                "mean": _rounded(stats.mean[ids]),
-                "tokens": [[t for t in line if t >= 0] for line in stats.token_ids[ids, :4].tolist()],
-                "concept": [c and str(c[0]) for c in described] if concepts else None,
-                "auroc": [c and round(float(c[1]), 4) for c in described] if concepts else None,
-            },
-        }
-
-    def _latent(self, i: int) -> dict[str, Any]:
-        stats = self.stats
-        latent: dict[str, Any] = {
-            "enc": round(float(stats.encoder_cosine[i]), 3),
-            "hist": _trimmed(stats.histogram[i]),
-            "near": [
-                [int(j), round(float(cosine), 3)]
-                for j, cosine in zip(stats.neighbours[i], stats.neighbour_cosine[i])
-                if j >= 0
-            ],
-            "tokens": [
-                [int(token), round(float(share), 4), _short(mean), int(count)]
-                for token, share, mean, count in zip(
-                    stats.token_ids[i], stats.token_share[i], stats.token_mean[i], stats.token_count[i]
-                )
-                if token >= 0
-            ],
-            "examples": [self._example(k) for k in range(stats.example_start[i], stats.example_start[i + 1])],
-        }
-        if stats.logit_ids is not None and stats.logit_values is not None:
-            self.used_tokens.update(stats.logit_ids[i].tolist())
-            latent["logits"] = [stats.logit_ids[i].tolist(), _rounded(stats.logit_values[i])]
-        return latent
-
-    def _example(self, k: int) -> list[Any]:
-        """[interval, row, position, activation, offset of the window's first active token, activations in hex]"""
-        stats = self.stats
-        window = stats.example_window[k]
-        active = np.flatnonzero(window)
-        first, end = (int(active[0]), int(active[-1]) + 1) if len(active) else (len(window) // 2, 0)
-        return [
-            int(stats.example_interval[k]),
-            self._row(int(stats.example_row[k])),
-            int(stats.example_position[k]),
-            _short(stats.example_activation[k]),
-            first - len(window) // 2,
-            window[first:end].tobytes().hex(),
-        ]
-
-    def _row(self, row: int) -> int:
-        if row not in self.row_number:
-            self.row_number[row] = len(self.rows)
-            self.rows.append(self.stats.row(row))
-        return self.row_number[row]
-
-    def _row_shards(self) -> list[int]:
-        """Fills the shards of rows; the first row of each."""
-        firsts: list[int] = []
-        n = TOKENS_A_SHARD
-        for number, row in enumerate(self.rows):
-            if n + len(row) > TOKENS_A_SHARD:
-                firsts.append(number)
-                n = 0
-            n += len(row)
-            self.shards.setdefault(f"rows-{len(firsts) - 1}", []).append(row.tolist())
-            self.used_tokens.update(row.tolist())
-        return firsts
-
-
-def _write_directory(out: Path, content: _Content) -> Path:
+def _write_directory(out: Path, content: Content) -> Path:
     with atomic_path(out) as folder:
         (folder / "data").mkdir(parents=True)
         (folder / "assets").mkdir()
         copy_plotly(folder / "assets")
         (folder / "assets" / "style.css").write_text(_style(), encoding="utf-8")
         (folder / "assets" / "app.js").write_text(_script(), encoding="utf-8")
-        for name, data in content.shards.items():
+        for name, data in content.shards():
             (folder / "data" / f"{name}.js").write_text(_shard(name, data), encoding="utf-8")
         page = _page(
             content.head["title"],
@@ -237,9 +128,9 @@ def _write_directory(out: Path, content: _Content) -> Path:
     return out / "index.html"
 
 
-def _write_single(out: Path, content: _Content) -> Path:
-    shards = {"head": content.head, **content.shards}
-    data = "\n".join(f"<script>{_shard(name, part)}</script>" for name, part in shards.items())
+def _write_single(out: Path, content: Content) -> Path:
+    scripts = [f"<script>{_shard(name, part)}</script>" for name, part in content.shards()]
+    data = "\n".join([f"<script>{_shard('head', content.head)}</script>", *scripts])
     plotly = plotly_source().replace("</script", "<\\/script")
     page = _page(
         content.head["title"],
@@ -345,18 +236,3 @@ def _summary(sae: SAE, stats: LatentStats, given: Mapping[str, Any]) -> dict[str
         "dead_fraction": float((stats.count == 0).mean()),
     }
     return {**measured, **{key: value for key, value in given.items() if value is not None}}
-
-
-def _trimmed(counts: np.ndarray) -> list[int]:
-    """The first bin that is not empty, then the counts from there to the last."""
-    used = np.flatnonzero(counts)
-    return [int(used[0]), *counts[used[0] : used[-1] + 1].tolist()] if len(used) else [0]
-
-
-def _rounded(values: np.ndarray) -> list[float]:
-    return [_short(v) for v in values.tolist()]
-
-
-def _short(value: float) -> float:
-    """Four digits are as many as a page shows."""
-    return float(f"{float(value):.4g}")

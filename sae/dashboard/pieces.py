@@ -99,6 +99,15 @@ def context_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return [text.translate(_SIGNS) for text in texts]
 
 
+def shown_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token by itself as a reader is to see it: of a character in parts, the hexadecimal digits."""
+    texts = readable_tokens(tokenizer, ids)
+    return [
+        f"‹{text[len(INCOMPLETE) :]}›" if text.startswith(INCOMPLETE) else text.translate(_SIGNS)
+        for text in texts
+    ]
+
+
 _SIGNS = {i: chr(0x2400 + i) for i in range(32)} | {
     0x09: "⇥",
     0x0A: "↵",
