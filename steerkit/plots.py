@@ -52,17 +52,22 @@ _DARK = {
 }
 
 
-def theme_css() -> str:
-    """Colours and type as CSS variables, light and dark."""
+def theme_css(*, by_system: bool = False) -> str:
+    """Colours and type as CSS variables, light and dark: by the root's `data-theme`, or by the reader's system alone."""
 
     def variables(colours: dict[str, str]) -> str:
         return " ".join(f"--{name}: {value};" for name, value in colours.items())
 
+    dark = f"{{ color-scheme: dark; {variables(_DARK)} }}"
     return (
         f":root {{ color-scheme: light; {variables(_LIGHT)}\n"
         '  --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif;\n'
         '  --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }\n'
-        f":root[data-theme=dark] {{ color-scheme: dark; {variables(_DARK)} }}\n"
+        + (
+            f"@media (prefers-color-scheme: dark) {{ :root {dark} }}\n"
+            if by_system
+            else f":root[data-theme=dark] {dark}\n"
+        )
     )
 
 
@@ -128,6 +133,29 @@ def page(title: str, body_parts: Iterable[Any], out: str | Path) -> Path:
     return out
 
 
+def notebook_frame(body: str, css: str, *, height: int, script: str = "") -> str:
+    """HTML for the output of a notebook's cell: `alone(…)` in a frame of `height` pixels, where its style touches nothing else.
+
+    The frame is sandboxed: it belongs to no site and has no scripts, but `script` if there is one. Text that comes from data must
+    be escaped in `body`.
+    """
+    sandbox = "allow-scripts" if script else ""
+    document = html.escape(alone("", body, css, script=script), quote=True)
+    return (
+        f'<iframe srcdoc="{document}" sandbox="{sandbox}" width="100%" height="{height}" '
+        'style="border:0;min-width:300px"></iframe>'
+    )
+
+
+def alone(title: str, body: str, css: str, *, script: str = "") -> str:
+    """A whole HTML document without Plotly, in the colours of the reader's system."""
+    scripts = f"<script>{script}</script>" if script else ""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{theme_css(by_system=True)}{_ALONE_CSS}{css}</style></head><body>{body}{scripts}</body></html>"
+    )
+
+
 def error_bars(values: Sequence[Interval]) -> dict[str, Any]:
     """Plotly's error bars of intervals, none where one has no ends."""
 
@@ -191,6 +219,13 @@ button { font: 13px var(--sans); color: var(--quiet); background: none; border: 
   border-radius: 6px; padding: 4px 10px; cursor: pointer; }
 button:hover { color: var(--ink); border-color: var(--faint); }
 .figure { min-height: 320px; margin: 12px 0 24px; }
+"""
+
+_ALONE_CSS = """
+body { margin: 0; padding: 4px 10px; background: var(--paper); color: var(--ink); font: 14px/1.5 var(--sans); }
+h1 { font-size: 16px; font-weight: 600; margin: 4px 0 8px; }
+h2 { font-size: 12px; font-weight: 400; color: var(--faint); margin: 10px 0 2px; }
+small { font-size: 12px; font-weight: 400; color: var(--faint); margin-left: 6px; }
 """
 
 _THEME_JS = """"use strict";
