@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sae.dashboard.pieces import context_texts
+from sae.dashboard.pieces import context_texts, shown_tokens
 from sae.latents import WINDOW, Example, LatentStats
 from steerkit.plots import notebook_frame
 
@@ -84,19 +84,14 @@ def _facts(view: LatentView) -> str:
 
 def _top_tokens(view: LatentView) -> str:
     ids = [int(token) for token in view.stats.token_ids[view.latent, :4] if token >= 0]
-    return "".join(f"<code>{_text(text.strip())}</code>" for text in context_words(view.tokenizer, ids))
-
-
-def context_words(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Tokens that do not stand beside each other."""
-    return [context_texts(tokenizer, [i])[0] for i in ids]
+    return "".join(f"<code>{_text(text.strip())}</code>" for text in shown_tokens(view.tokenizer, ids))
 
 
 def _logits(view: LatentView) -> str:
     ids, values = view.stats.logit_ids, view.stats.logit_values
     if ids is None or values is None:
         return ""
-    words = context_words(view.tokenizer, ids[view.latent].tolist())
+    words = shown_tokens(view.tokenizer, ids[view.latent].tolist())
     half = len(words) // 2
     columns = []
     for chosen, kind in ((range(6), "for"), (range(len(words) - 1, len(words) - 7, -1), "against")):

@@ -28,6 +28,7 @@ from steerkit.steering.merging import Merged, merge
 from steerkit.steering.methods import METHODS, Method, fit_effects
 from steerkit.steering.pair_making import generated_pairs, template_pairs
 from steerkit.steering.pairs import Pair, Pairs, load_pairs
+from steerkit.steering.previews import Preview, preview
 from steerkit.steering.propensity import Propensity
 from steerkit.steering.story_prompts import story_prompts
 from steerkit.steering.vector import Condition, SteeringVector
@@ -52,6 +53,7 @@ __all__ = [
     "Method",
     "Pair",
     "Pairs",
+    "Preview",
     "Project",
     "Propensity",
     "Rated",
@@ -80,6 +82,7 @@ __all__ = [
     "load_any",
     "load_pairs",
     "merge",
+    "preview",
     "story_prompts",
     "template_pairs",
 ]
