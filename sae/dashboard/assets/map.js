@@ -58,28 +58,32 @@ function createMap() {
   let colouring = COLOURINGS[0][2];
   let shown, only = null, under = -1, moved = 0, waitingForFrame = false;
 
-  const scale = () => camera.zoom * Math.min(canvas.clientWidth, canvas.clientHeight) / 1060;
-  const screenX = (i) => canvas.clientWidth / 2 + (x[i] - camera.x) * scale();
-  const screenY = (i) => canvas.clientHeight / 2 - (y[i] - camera.y) * scale();
+  // Reading an element's size is slow where it is done for each point: once a frame is enough.
+  let width = 0, height = 0;
+  const scale = () => camera.zoom * Math.min(width, height) / 1060;
+  const screenX = (i) => width / 2 + (x[i] - camera.x) * scale();
+  const screenY = (i) => height / 2 - (y[i] - camera.y) * scale();
   const radius = () => Math.min(7, (n < 600 ? 3.2 : n < 4000 ? 2.2 : 1.4) * camera.zoom ** 0.4);
 
   function dots(indices, colour) {
-    const size = radius();
+    const [size, factor] = [radius(), scale()];
+    const [left, top] = [width / 2 - camera.x * factor, height / 2 + camera.y * factor];
     pen.fillStyle = colour;
     for (const i of indices) {
-      const [left, top] = [screenX(i), screenY(i)];
-      if (left < -9 || top < -9 || left > canvas.clientWidth + 9 || top > canvas.clientHeight + 9) continue;
-      if (size < 2) pen.fillRect(left - size, top - size, 2 * size, 2 * size);
-      else { pen.beginPath(); pen.arc(left, top, size, 0, 7); pen.fill(); }
+      const [across, down] = [left + x[i] * factor, top - y[i] * factor];
+      if (across < -9 || down < -9 || across > width + 9 || down > height + 9) continue;
+      if (size < 2) pen.fillRect(across - size, down - size, 2 * size, 2 * size);
+      else { pen.beginPath(); pen.arc(across, down, size, 0, 7); pen.fill(); }
     }
   }
 
   function draw() {
     waitingForFrame = false;
     const ratio = devicePixelRatio || 1;
-    const [width, height] = [Math.round(canvas.clientWidth * ratio), Math.round(canvas.clientHeight * ratio)];
+    [width, height] = [canvas.clientWidth, canvas.clientHeight];
     if (!width) return;
-    if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+    const [columns, lines] = [Math.round(width * ratio), Math.round(height * ratio)];
+    if (canvas.width !== columns || canvas.height !== lines) Object.assign(canvas, { width: columns, height: lines });
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
     pen.clearRect(0, 0, width, height);
     dots(shown.groups.out, steerkit.colour("line"));
@@ -113,10 +117,12 @@ function createMap() {
   }
 
   function nearest(left, top) {
-    let best = -1, distance = 100;
+    const factor = scale();
+    const [across, up] = [camera.x + (left - width / 2) / factor, camera.y - (top - height / 2) / factor];
+    let best = -1, distance = (10 / factor) ** 2;
     for (let i = 0; i < n; i += 1) {
       if (only && !only.has(i)) continue;
-      const away = (screenX(i) - left) ** 2 + (screenY(i) - top) ** 2;
+      const away = (x[i] - across) ** 2 + (y[i] - up) ** 2;
       if (away < distance) { best = i; distance = away; }
     }
     return best;
@@ -135,12 +141,12 @@ function createMap() {
       make("div", "", ...chips(table.tokens[found])));
   }
 
-  function zoom(factor, left = canvas.clientWidth / 2, top = canvas.clientHeight / 2) {
+  function zoom(factor, left = width / 2, top = height / 2) {
     const before = scale();
     camera.zoom = Math.min(60, Math.max(0.8, camera.zoom * factor));
     const change = 1 / before - 1 / scale();
-    camera.x += (left - canvas.clientWidth / 2) * change;
-    camera.y -= (top - canvas.clientHeight / 2) * change;
+    camera.x += (left - width / 2) * change;
+    camera.y -= (top - height / 2) * change;
     redraw();
   }
 

@@ -7,9 +7,9 @@ const COLUMNS = [
   { key: "max", name: "Max", number: true, first: -1, width: "56px", from: 480 },
   { key: "mean", name: "Mean", number: true, first: -1, width: "56px", from: 1000 },
   { key: "tokens", name: "Top tokens", first: 1, width: "minmax(150px, 1.3fr)" },
-  { key: "label", name: "Label", first: 1, width: "minmax(150px, 1.1fr)", from: 720 },
-  { key: "concept", name: "Best concept", first: 1, width: "minmax(120px, .7fr)", from: table.label ? 940 : 620 },
-  { key: "auroc", name: "AUROC", number: true, first: -1, width: "58px", from: table.label ? 940 : 620 },
+  { key: "label", name: "Label", first: 1, width: "minmax(150px, 1.1fr)", from: table.concept ? 1000 : 620 },
+  { key: "concept", name: "Best concept", first: 1, width: "minmax(120px, .7fr)", from: 620 },
+  { key: "auroc", name: "AUROC", number: true, first: -1, width: "58px", from: 620 },
   { key: "match", name: "Match", number: true, first: -1, width: "96px", from: 640 },
 ].filter((column) => table[column.key]);
 const ROW = 31;
@@ -59,7 +59,7 @@ function readWanted(parts) {
 
 function change(values) {
   Object.assign(wanted, values);
-  history.replaceState(null, "", overviewHash());
+  try { history.replaceState(null, "", overviewHash()); } catch (error) { /* some browsers limit how often */ }
   arrange();
 }
 
@@ -70,8 +70,9 @@ function arrange() {
     ? "#" + table.id[index] === word : haystack[index].includes(word)));
   const direction = wanted.up ? 1 : -1;
   listed = table.id.map((_, index) => index).filter(matches);
+  const values = table.id.map((_, index) => sortValue(wanted.sort, index));
   listed.sort((a, b) => {
-    const [x, y] = [sortValue(wanted.sort, a), sortValue(wanted.sort, b)];
+    const [x, y] = [values[a], values[b]];
     if (x === y) return table.id[a] - table.id[b];
     if (x === null || x === "") return 1;
     if (y === null || y === "") return -1;
