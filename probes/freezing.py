@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from steerkit.finetuning import FinetuneConfig, Select, everything, finetune, la
 from steerkit.models import HookedModel
 from steerkit.objectives import Evaluation, Objective
 from steerkit.plots import error_bars
-from steerkit.runs import write_json
+from steerkit.runs import Run, make_provenance, read_json, write_json
 from steerkit.stats import Interval, group_sums, jackknife
 
 _DEFAULTS = FinetuneConfig()
@@ -141,22 +141,31 @@ def freezing_sweep(
     counts: Sequence[int] | None = None,
     learning_rates: Sequence[float] = (1e-5, 3e-5, 1e-4),
     seeds: Sequence[int] = (0,),
+    extend: int = 0,
     split: str = "test",
+    out: str | Path | None = None,
+    resume: bool = False,
+    quiet: bool = True,
 ) -> FreezingSweep:
     """Train the blocks at one side, for each of `counts` (all from 0 to L; 0 and L are always there), and score on `split`.
 
-    All rates are tried with the first seed, the best is then run with the others. Model and head are as before afterwards. Raises
-    InputError without a validation split and for counts that are not there; NumericsError when training fails at every rate.
+    All rates are tried with the first seed, the best is then run with the others. Where it is the least or the greatest of
+    several, one beyond it is tried first, up to `extend` times. `out` is a directory where every training that is done is kept;
+    with `resume` those that are there are not repeated. Model and head are as before afterwards.
+
+    Raises InputError without a validation split, for counts that are not there and an `out` that holds another sweep; NumericsError
+    when training fails at every rate.
     """
     _check(model, objective, side, counts, learning_rates, seeds)
     n = model.n_layers
     chosen = sorted({0, n, *(range(n + 1) if counts is None else counts)})
+    trials = _Trials(model, objective, config, side, split, quiet)
+    if out is not None:
+        trials.keep_in(Path(out), resume)
     found: dict[int, list[Evaluation]] = {}
     rates: dict[int, dict[float, float]] = {}
     for k in chosen:
-        found[k], rates[k] = _trained(
-            model, objective, config, _select(side, k, n), learning_rates, seeds, split
-        )
+        found[k], rates[k] = trials.of(k, learning_rates, seeds, extend)
     sums = {k: _sums(evaluations) for k, evaluations in found.items()}
     judged = objective.judged_by
 
@@ -188,7 +197,10 @@ def freezing_sweep(
             )
         )
     whole = jackknife(np.concatenate([sums[0], sums[n]], axis=1), gain)
-    return FreezingSweep(side, tuple(results), whole, objective.score_name)
+    sweep = FreezingSweep(side, tuple(results), whole, objective.score_name)
+    if trials.run is not None:
+        trials.run.finish(sweep.to_dict())
+    return sweep
 
 
 def _check(
@@ -218,46 +230,107 @@ def _select(side: str, k: int, n_layers: int) -> Select:
     return layers(*(range(n_layers - k, n_layers) if side == "top" else range(k)))
 
 
-def _trained(
-    model: HookedModel,
-    objective: Objective[Any],
-    config: FinetuneConfig,
-    select: Select,
-    rates: Sequence[float],
-    seeds: Sequence[int],
-    split: str,
-) -> tuple[list[Evaluation], dict[float, float]]:
-    """(evaluation of each seed at the best rate, score on validation of each rate)."""
-    if not set(select(model)) and objective.head is None:
-        return [objective.evaluate(model, split, config.dtype)] * len(seeds), {}
-    sign = 1 if objective.higher_is_better else -1
-    validation: dict[float, float] = {}
-    found: dict[float, Evaluation] = {}
-    for lr in rates:
-        try:
-            validation[lr], evaluation = _run(
-                model, objective, replace(config, lr=lr, seed=seeds[0]), select, split
+class _Trials:
+    """Trainings, each done once: found again in a directory if there is one."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        objective: Objective[Any],
+        config: FinetuneConfig,
+        side: str,
+        split: str,
+        quiet: bool,
+    ) -> None:
+        self.model, self.objective, self.config = model, objective, config
+        self.side, self.split, self.quiet = side, split, quiet
+        self.sign = 1 if objective.higher_is_better else -1
+        self.done: dict[str, dict[str, Any]] = {}
+        self.run: Run | None = None
+
+    def keep_in(self, path: Path, resume: bool) -> None:
+        training = {name: value for name, value in asdict(self.config).items() if name not in ("lr", "seed")}
+        settings = {
+            "model": self.model.name,
+            "objective": self.objective.settings(),
+            "side": self.side,
+            "split": self.split,
+            "training": training,
+        }
+        origin = make_provenance(revision=self.model.revision)
+        self.run = Run.open(path, "freezing", settings, resume=resume, provenance=origin)
+
+    def of(
+        self, k: int, rates: Sequence[float], seeds: Sequence[int], extend: int
+    ) -> tuple[list[Evaluation], dict[float, float]]:
+        """(evaluation of each seed at the best rate, score on validation of each rate)."""
+        select = _select(self.side, k, self.model.n_layers)
+        if not set(select(self.model)) and self.objective.head is None:
+            evaluation = self.objective.evaluate(self.model, self.split, self.config.dtype)
+            return [evaluation] * len(seeds), {}
+        found = {lr: self.trial(k, lr, seeds[0]) for lr in rates}
+        for _ in range(extend):
+            beyond = _beyond({lr: score for lr, (score, _) in found.items()}, self.sign)
+            if beyond is None:
+                break
+            found[beyond] = self.trial(k, beyond, seeds[0])
+        validation = {lr: score for lr, (score, _) in found.items()}
+        lr = _best(validation, self.sign)
+        if lr is None:
+            raise NumericsError(
+                f"Training failed at each of the rates {', '.join(map(str, validation))}: give lower ones."
             )
-            found = found if _best(validation, sign) != lr else {lr: evaluation}
-        except NumericsError:
-            validation[lr] = math.nan
-    if not found:
-        raise NumericsError(
-            f"Training failed at each of the rates {', '.join(map(str, rates))}: give lower ones."
+        evaluations = [self.trial(k, lr, seed)[1] for seed in seeds]
+        return [e for e in evaluations if e is not None], validation
+
+    def trial(self, k: int, lr: float, seed: int) -> tuple[float, Evaluation | None]:
+        """(score on validation, evaluation) of one training; NaN and None where it failed."""
+        key = f"k{k}-lr{lr:g}-seed{seed}"
+        if key not in self.done:
+            file = None if self.run is None else self.run.path / "trainings" / f"{key}.json"
+            kept = read_json(file) if file is not None and file.exists() else None
+            if kept is None:
+                kept = self._train(k, lr, seed)
+                if file is not None:
+                    file.parent.mkdir(exist_ok=True)
+                    write_json(file, kept)
+            self.done[key] = kept
+        kept = self.done[key]
+        if kept["validation"] is None:
+            return math.nan, None
+        arrays = {name: np.array(kept[name]) for name in ("values", "weight", "document")}
+        judged = self.objective.judged_by
+        return kept["validation"], Evaluation(
+            {judged.of: arrays["values"]}, arrays["weight"], arrays["document"], judged
         )
-    [(lr, best)] = found.items()
-    rest = [_run(model, objective, replace(config, lr=lr, seed=seed), select, split)[1] for seed in seeds[1:]]
-    return [best, *rest], validation
+
+    def _train(self, k: int, lr: float, seed: int) -> dict[str, Any]:
+        """One training, which leaves the model as it was: what is kept of it."""
+        model, objective, config = self.model, self.objective, replace(self.config, lr=lr, seed=seed)
+        with preserved(model, objective), trainable(model, _select(self.side, k, model.n_layers)):
+            try:
+                outcome = finetune(model, objective, config)
+            except NumericsError:
+                return {"validation": None}
+            assert outcome.best is not None
+            validation = outcome.best[1][objective.score_name]
+            found = objective.evaluate(model, self.split, config.dtype)
+        if not self.quiet:
+            print(f"{k} blocks, lr {lr:.3g}, seed {seed}: {validation:.4f} on validation", flush=True)
+        return {
+            "validation": validation,
+            "values": found[objective.judged_by.of].tolist(),
+            "weight": found.weight.tolist(),
+            "document": found.document.tolist(),
+        }
 
 
-def _run(
-    model: HookedModel, objective: Objective[Any], config: FinetuneConfig, select: Select, split: str
-) -> tuple[float, Evaluation]:
-    """(score on validation, evaluation) of one run, which leaves the model as it was."""
-    with preserved(model, objective), trainable(model, select):
-        outcome = finetune(model, objective, config)
-        assert outcome.best is not None
-        return outcome.best[1][objective.score_name], objective.evaluate(model, split, config.dtype)
+def _beyond(validation: dict[float, float], sign: int) -> float | None:
+    """The rate beyond the best one, where that is the least or the greatest of several: as far as the last two are apart."""
+    best, tried = _best(validation, sign), sorted(validation)
+    if best is None or len(tried) < 2 or best not in (tried[0], tried[-1]):
+        return None
+    return best * (tried[0] / tried[1] if best == tried[0] else tried[-1] / tried[-2])
 
 
 def _best(validation: dict[float, float], sign: int) -> float | None:

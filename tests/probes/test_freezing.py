@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from training_cases import classification, decoder, encoder, labelled, modelling, state
 
-from probes.freezing import freezing_sweep
+from probes.freezing import _beyond, freezing_sweep
 from steerkit.errors import InputError, NumericsError
 from steerkit.finetuning import FinetuneConfig, finetune, layers, trainable
 from steerkit.objectives import Classification
@@ -107,6 +107,55 @@ def test_a_rate_that_fails_is_not_chosen():
     assert np.isnan(sweep[2].validation[1e30])
     with pytest.raises(NumericsError, match="each of the rates"):
         freezing_sweep(model, objective, CONFIG, learning_rates=(1e30,), counts=())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_beyond_the_best_rate_only_where_it_is_at_the_edge(sign):
+    def beyond(*scores):
+        return _beyond({rate: sign * score for rate, score in zip((0.1, 0.2, 0.4), scores)}, sign)
+
+    assert beyond(1, 2, 3) == pytest.approx(0.8)
+    assert beyond(3, 2, 1) == pytest.approx(0.05)
+    assert beyond(1, 3, 2) is None
+    assert beyond(1, 3, np.nan) is None
+    assert beyond(np.nan, np.nan, np.nan) is None
+    assert beyond(1) is None
+
+
+def test_the_grid_is_drawn_out_so_often_and_no_more():
+    model = encoder(dropout=0.0)
+    objective = classification(model)
+    rates = (1e-6, 1e-5)
+    few = freezing_sweep(model, objective, CONFIG, learning_rates=rates, counts=())
+    sweep = freezing_sweep(model, objective, CONFIG, learning_rates=rates, counts=(), extend=4)
+    for at in (0, 2):
+        assert set(few[at].validation) == set(rates)
+        assert len(rates) <= len(sweep[at].validation) <= len(rates) + 4
+        tried = np.log10(sorted(sweep[at].validation))
+        assert np.allclose(np.diff(tried), 1)
+        assert max(sweep[at].validation.values()) >= max(few[at].validation.values())
+
+
+def test_trainings_in_a_directory_are_not_repeated_and_give_the_same_sweep(tmp_path, monkeypatch):
+    model = encoder()
+    objective = classification(model)
+    given = {"learning_rates": (1e-3, 2e-2), "seeds": (0, 1), "extend": 1}
+    plainly = freezing_sweep(model, objective, CONFIG, **given)
+    kept = freezing_sweep(model, objective, CONFIG, counts=(), out=tmp_path / "sweep", **given)
+    assert [r.k for r in kept.results] == [0, 2]
+    whole = freezing_sweep(model, objective, CONFIG, out=tmp_path / "sweep", resume=True, **given)
+    assert str(whole.to_dict()) == str(plainly.to_dict())
+
+    def never(*_):
+        raise AssertionError("a training was repeated")
+
+    monkeypatch.setattr("probes.freezing.finetune", never)
+    again = freezing_sweep(model, objective, CONFIG, out=tmp_path / "sweep", resume=True, **given)
+    assert str(again.to_dict()) == str(plainly.to_dict())
+    with pytest.raises(InputError, match="another run"):
+        freezing_sweep(
+            model, objective, replace(CONFIG, epochs=1), out=tmp_path / "sweep", resume=True, **given
+        )
 
 
 def test_errors_name_what_is_wrong():
