@@ -223,13 +223,13 @@ def test_searches_are_links(visit, full):
     page = visit(full, "#search=number+onerror&sort=id.up")
     ids = page.eval_on_selector_all("#rows .id a", "links => links.map((a) => Number(a.textContent))")
     assert ids[:10] == list(range(10))
-    page.fill("#search", "snowy")
-    assert page.evaluate("location.hash") == "#search=snowy&sort=id.up"
+    page.fill("#search", "weather=snowy")
+    assert page.evaluate("location.hash") == "#search=weather%3Dsnowy&sort=id.up"
     page.click("#rows .row")
     page.wait_for_selector(f"#name:text-is('Latent {LATENT}')")
     page.click("a:text('Table')")
     page.wait_for_selector("#overview", state="visible")
-    assert page.input_value("#search") == "snowy"
+    assert page.input_value("#search") == "weather=snowy"
     assert page.text_content("#found") == "1 latent of 60"
     page.click(".home")
     assert page.input_value("#search") == ""
