@@ -27,7 +27,7 @@ Panel = Callable[[Sequence[int]], Sequence[Any]]
 
 
 class Content:
-    """The pages of the latents `ids`. `panels` are those that cost more than looking at the statistics."""
+    """The pages of the latents `ids`. What costs more than looking at the statistics is added to it."""
 
     def __init__(
         self,
@@ -36,11 +36,10 @@ class Content:
         stats: LatentStats,
         ids: np.ndarray,
         concepts: Mapping[int, tuple[str, float]],
-        panels: Mapping[str, Panel] | None = None,
         directions: bool = False,
     ) -> None:
         self.model, self.sae, self.stats, self.ids, self.concepts = model, sae, stats, ids, concepts
-        self.panels = panels or {}
+        self.panels: dict[str, Panel] = {}
         self.row_number: dict[int, int] = {}
         self.used_tokens = {int(i) for i in stats.token_ids[ids].ravel() if i >= 0}
         texts = shown_tokens(model.tokenizer, range(model.d_vocab))
@@ -48,6 +47,10 @@ class Content:
         self.head: dict[str, Any] = {}
         self.table: dict[str, list[Any]] = {}
         """Further columns of the table of latents."""
+
+    def add(self, key: str, panel: Panel) -> None:
+        """Let the records have what `panel` gives under `key`."""
+        self.panels[key] = panel
 
     def shards(self) -> Iterator[tuple[str, Any]]:
         """(name, data) of each part; `head` is complete when all have been taken."""

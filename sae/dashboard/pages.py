@@ -23,7 +23,12 @@ from typing import Any
 import numpy as np
 
 from sae.architectures.base import SAE
+from sae.dashboard.ablation import ablations
 from sae.dashboard.content import Content
+from sae.dashboard.explain import Explainer, Explanations
+from sae.dashboard.export import FORMATS, export
+from sae.dashboard.preview import Preview
+from sae.dashboard.second import SAME, Second
 from sae.latents import LatentStats, collect_latents
 from steerkit.activations import Tokenization
 from steerkit.data import Documents
@@ -59,6 +64,11 @@ def build(
     title: str | None = None,
     provenance: Mapping[str, Any] | None = None,
     names: Sequence[str] | None = None,
+    ablate: bool = False,
+    steer: bool | str = False,
+    explainer: Explainer | None = None,
+    second: Second | None = None,
+    exports: Sequence[str] = (),
     quiet: bool = False,
 ) -> Path:
     """Write a dashboard into the directory `out` and return the path of its page.
@@ -68,6 +78,10 @@ def build(
     `stats` are statistics collected before, else they are collected here. With `single_file` everything is in
     one file, `out` itself if it ends in .html. `names` are those of directions, which are then spoken of instead of latents.
 
+    What costs more is asked for: `ablate` measures the loss without each latent (`sae.dashboard.ablation`), `steer` generates
+    text with it (`sae.dashboard.preview`; a text: the prompt), `explainer` is asked what it is for and scored
+    (`sae.dashboard.explain`), `second` is an SAE to compare with, and `exports` are "csv", "json" or "neuronpedia".
+
     An earlier dashboard at `out` is replaced. Raises InputError when `out` holds anything else, when a latent
     does not exist, or when a single file would exceed 50 MB.
     """
@@ -76,6 +90,7 @@ def build(
     if model.tokenizer is None:
         raise InputError(f"{model.name} has no tokenizer: load the model with tokenizer=….")
     chosen = _parse_latents(latents, sae.d_sae)
+    _check_exports(exports, single_file)
     if stats is None:
         stats = collect_latents(
             model,
@@ -103,12 +118,28 @@ def build(
     if names is not None:
         content.head["directions"] = True
         content.table["name"] = [names[i] for i in ids]
+    if second is not None:
+        content.table["match"] = [[i, round(cosine, 4)] for i, cosine in second.matches(sae, ids.tolist())]
+        content.head["second"] = {
+            "name": second.name,
+            "site": second.site,
+            "d_sae": second.sae.d_sae,
+            "unmatched": sum(cosine < SAME for _, cosine in content.table["match"]),
+            "summary": jsonable({"arch": second.sae.arch, "d_sae": second.sae.d_sae, **second.summary}),
+        }
+    if steer:
+        content.add("steer", Preview(model, sae, stats, steer if isinstance(steer, str) else None))
+    if explainer is not None:
+        content.add("explanation", Explanations(explainer, stats, content.words.texts))
+    if ablate:
+        without = ablations(model, sae, stats, ids.tolist(), quiet=quiet)
+        content.add("ablation", lambda part: [without[i].to_dict() if i in without else None for i in part])
     if single_file:
         return _write_single(out, content)
-    return _write_directory(out, content)
+    return _write_directory(out, content, exports)
 
 
-def _write_directory(out: Path, content: Content) -> Path:
+def _write_directory(out: Path, content: Content, exports: Sequence[str]) -> Path:
     with atomic_path(out) as folder:
         (folder / "data").mkdir(parents=True)
         (folder / "assets").mkdir()
@@ -117,6 +148,8 @@ def _write_directory(out: Path, content: Content) -> Path:
         (folder / "assets" / "app.js").write_text(_script(), encoding="utf-8")
         for name, data in content.shards():
             (folder / "data" / f"{name}.js").write_text(_shard(name, data), encoding="utf-8")
+        if exports:
+            content.head["exports"] = export(folder, content, exports)
         page = _page(
             content.head["title"],
             '<link rel="stylesheet" href="assets/style.css">',
@@ -194,6 +227,14 @@ def _check_target(out: Path, single_file: bool) -> None:
         raise InputError(f"{out} is a file: give a directory for the dashboard.")
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).exists():
         raise InputError(f"{out} is not empty and holds no dashboard: give another directory.")
+
+
+def _check_exports(exports: Sequence[str], single_file: bool) -> None:
+    unknown = [name for name in exports if name not in FORMATS]
+    if unknown:
+        raise InputError(f"There is no export {unknown[0]!r}: choose from {', '.join(FORMATS)}.")
+    if exports and single_file:
+        raise InputError("A single file has no place for exports: leave out one of the two.")
 
 
 def _parse_latents(latents: str | Sequence[int], d_sae: int) -> int | list[int] | None:

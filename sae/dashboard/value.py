@@ -55,8 +55,9 @@ class Dashboard:
             f"{self.sae.arch} SAE of {self.model.name}", self.site, shown, int((count[chosen] > 0).sum())
         )
 
-    def save(self, out: str | Path, *, single_file: bool = False) -> Path:
-        """Write the pages to the directory `out`; returns the path of the one to open. See `sae.dashboard.build`."""
+    def save(self, out: str | Path, *, single_file: bool = False, quiet: bool = True, **options: Any) -> Path:
+        """Write the pages to the directory `out`; returns the path of the one to open. `options` are those of
+        `sae.dashboard.build`: `ablate`, `steer`, `explainer`, `second`, `exports` and `title`."""
         return build(
             self.model,
             self.sae,
@@ -69,5 +70,6 @@ class Dashboard:
             concepts=self.concepts,
             stats=self.stats,
             provenance=self.provenance,
-            quiet=True,
+            quiet=quiet,
+            **options,
         )
