@@ -225,6 +225,10 @@ def collect_latents(
     """
     if tokens < 1:
         raise InputError(f"tokens is {tokens}: give at least 1.")
+    if len(sae.config.inputs(site)) > 1:
+        raise InputError(
+            "A crosscoder reads several sites: its latents are not drawn yet, only those of one site."
+        )
     width = model.site(site).width
     if width != sae.d_in:
         raise InputError(

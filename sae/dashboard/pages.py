@@ -90,7 +90,7 @@ def build(
     if model.tokenizer is None:
         raise InputError(f"{model.name} has no tokenizer: load the model with tokenizer=….")
     chosen = _parse_latents(latents, sae.d_sae)
-    _check_exports(exports, single_file)
+    check_exports(exports, single_file)
     if stats is None:
         stats = collect_latents(
             model,
@@ -229,7 +229,8 @@ def _check_target(out: Path, single_file: bool) -> None:
         raise InputError(f"{out} is not empty and holds no dashboard: give another directory.")
 
 
-def _check_exports(exports: Sequence[str], single_file: bool) -> None:
+def check_exports(exports: Sequence[str], single_file: bool) -> None:
+    """InputError unless there are such exports, and a place for them."""
     unknown = [name for name in exports if name not in FORMATS]
     if unknown:
         raise InputError(f"There is no export {unknown[0]!r}: choose from {', '.join(FORMATS)}.")

@@ -9,11 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from sae.concepts import ConceptScores, concept_scores
+from sae.dashboard.pages import check_exports
+from sae.dashboard.second import Second
 from sae.dashboard.serve import Reader
 from sae.dashboard.serve import serve as serve_dashboard
-from sae.formats import is_remote
-from sae.pretrained import attach, open_run
-from steerkit.cli.common import Device, Json, Quiet, TextColumn, emit, load_model, say
+from sae.formats import is_remote, load
+from sae.pretrained import attach, is_run, open_run
+from sae.training import SAERun
+from steerkit.cli.common import Device, Json, Quiet, TextColumn, emit, items, load_model, say
 from steerkit.cli.directions import holds_directions, open_directions
 from steerkit.errors import InputError
 from steerkit.tokens import Tokenization
@@ -49,6 +52,25 @@ def dashboard(
     single_file: Annotated[
         bool, typer.Option("--single-file", help="One HTML file, for some hundred latents.")
     ] = False,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Measure the model's loss without each latent.")
+    ] = False,
+    steer: Annotated[
+        bool, typer.Option("--steer", help="Generate text with each latent made stronger.")
+    ] = False,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="What --steer continues; a text's first words by default.")
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare", metavar="RUN2", help="Another SAE, of the same width, to match latents with."
+        ),
+    ] = None,
+    export: Annotated[
+        str | None,
+        typer.Option("--export", help="Files beside the pages: csv, json, neuronpedia, with commas between."),
+    ] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="Serve it with the model, to read and steer your own text.")
     ] = False,
@@ -74,10 +96,14 @@ def dashboard(
     if serve and single_file:
         raise InputError("A single file is not served: leave out --single-file.")
     folder = out or Path(run) / "dashboard"
+    exports = items(export) or []
+    check_exports(exports, single_file)
     kept = serve and (folder / "index.html").exists()
     if holds_directions(run):
         if latents != "all":
             raise InputError("--latents is for an SAE: directions are all drawn.")
+        if ablate or steer or compare or exports:
+            raise InputError("--ablate, --steer, --compare and --export are for an SAE.")
         directions = open_directions(run, model, data, site, text_column, device, module, writes)
         page = folder / "index.html" if kept else directions.draw(folder, tokens, single_file, quiet)
         _finish(run, page, directions.reader() if serve else None, port, json, quiet)
@@ -87,6 +113,9 @@ def dashboard(
     found = open_run(run, model=model, data=data, site=site, text_column=text_column)
     hooked = load_model(found.config["model"], device, found.config["dtype"])
     found = attach(found, hooked)
+    if (ablate or steer) and not (hooked.is_causal and hooked.has_lm_head):
+        raise InputError(f"{hooked.name} predicts no next token: leave out --ablate and --steer.")
+    second = None if compare is None else _second(compare)
     if "caution" in found.sae.metadata:
         say(found.sae.metadata["caution"], quiet=quiet)
     concepts = None
@@ -103,13 +132,34 @@ def dashboard(
         page = folder / "index.html"
     else:
         drawn = found.dashboard(latents=chosen, tokens=tokens, concepts=concepts, quiet=quiet)
-        page = drawn.save(folder, single_file=single_file)
+        page = drawn.save(
+            folder,
+            single_file=single_file,
+            quiet=quiet,
+            ablate=ablate,
+            steer=prompt if steer and prompt is not None else steer,
+            second=second,
+            exports=exports,
+        )
     tokenization, threshold = (
         Tokenization(**found.config["tokenization"]),
         found.sae.metadata["sink_threshold"],
     )
     reader = Reader(hooked, found.sae, found.config["site"], tokenization, threshold) if serve else None
     _finish(run, page, reader, port, json, quiet)
+
+
+def _second(source: str) -> Second:
+    """The SAE to compare with, which need not say its model or site."""
+    if is_run(source):
+        run = SAERun.load(source)
+        return Second(source, run.sae, run.config["site"], run.summary)
+    if not is_remote(source) and not Path(source).exists():
+        raise InputError(
+            f"{source} (--compare) does not exist: give a run's directory, or any SAE that can be read."
+        )
+    found = load(source)
+    return Second(source, found, found.metadata.get("site") or "site unknown")
 
 
 def _finish(run: str, page: Path, reader: Reader | None, port: int, json: bool, quiet: bool) -> None:
