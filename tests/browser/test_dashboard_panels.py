@@ -84,7 +84,13 @@ def _record(record):
             ],
         },
         "about": "About " + MALICIOUS,
-        "explanation": {"text": "Explained " + MALICIOUS, "by": MALICIOUS, "score": 0.5, "n": 12},
+        "explanation": {
+            "text": "Explained " + MALICIOUS,
+            "by": MALICIOUS,
+            "score": 0.5,
+            "n": 12,
+            "detection": 0.75,
+        },
         "warn": ["Thin " + MALICIOUS],
     }
 
@@ -104,6 +110,7 @@ def test_every_panel_shows_and_nothing_is_html(visit, full):
     for start in ("About ", "Explained ", "Thin "):
         assert start + SHOWN in shown
     assert "correlation 0.50 with the activations on 12 contexts" in shown
+    assert "tells 75 % of active and silent ones apart" in shown
     assert "+0.13 nats a token" in shown
     assert page.text_content("#misses .value") == "−0.25"
     together = page.text_content(".together")

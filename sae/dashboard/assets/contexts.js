@@ -22,7 +22,7 @@ function context({ row: number, position, label, values, losses = null }, scale)
         + (0.08 + 0.55 * Math.min(1, Math.abs(loss) / scale.loss)).toFixed(3) + ")";
     } else if (!showing.loss && act > 0) {
       span.style.background = "rgba(var(--heat), " + (0.1 + 0.72 * Math.min(1, act / scale.activation)).toFixed(3) + ")";
-      if (act > 0.7 * scale.activation) span.classList.add("hot");
+      if (act > 0.8 * scale.activation) span.classList.add("hot");
     }
     if (i === position) span.classList.add("peak");
     span.dataset.token = ids[i];
@@ -101,14 +101,16 @@ function contextTools(groups, scale, measured) {
   const legend = make("span", "legend");
   const explain = () => {
     const ramp = make("span", "ramp " + (showing.loss ? "loss" : "heat"));
-    const ends = showing.loss ? ["−" + decimal(scale.loss), "+" + decimal(scale.loss) + " nats"] : ["0", decimal(scale.activation)];
+    const ends = showing.loss ? ["−" + decimal(scale.loss), "+" + decimal(scale.loss) + " nats"]
+      : ["0", decimal(scale.activation)];
     legend.replaceChildren(ends[0], ramp, ends[1]);
     legend.title = showing.loss ? "Change of the loss of the token after each, when the " + ONE + " is taken away" : "Activation";
   };
-  const width = choice("Width of contexts", [["window", "Window"], ["row", "Whole row"]], showing.whole ? "row" : "window", (value) => {
-    showing.whole = value === "row";
-    fills();
-  });
+  const width = choice("Width of contexts", [["window", "Window"], ["row", "Whole row"]], showing.whole ? "row" : "window",
+    (value) => {
+      showing.whole = value === "row";
+      fills();
+    });
   if (!measured) showing.loss = false;
   const colours = measured && choice("Colour of contexts", [["activation", "Activation"], ["loss", "Δ loss"]],
     showing.loss ? "loss" : "activation", (value) => {

@@ -49,23 +49,30 @@ function top(id, index, data) {
   const { explanation } = data;
   return make("div", "top", make("div", "heading", name, make("span", "space"), navigation(id)),
     make("div", "facts", ...facts(index, data)),
-    data.about ? make("p", "about", visible(data.about, true)) : null,
+    data.about ? make("p", "about", capital(visible(data.about, true))) : null,
     explanation ? explained(explanation) : null,
     warnings.length ? list : null);
 }
 
-function explained({ text, by, score, n }) {
-  const scored = score === null || score === undefined ? "not scored"
-    : "correlation " + decimal(score) + " with the activations on " + whole(n) + " contexts that it was not shown";
-  return make("p", "explanation", visible(text, true), make("small", "", visible(by, true) + " · " + scored));
+function explained({ text, by, score, n, detection, failed }) {
+  const parts = [visible(by, true)];
+  const known = (value) => value !== null && value !== undefined;
+  if (known(score)) {
+    parts.push("correlation " + decimal(score) + " with the activations on " + whole(n) + " contexts that it was not shown");
+  }
+  if (known(detection)) parts.push("tells " + Math.round(100 * detection) + " % of active and silent ones apart");
+  if (parts.length === 1 && !failed) parts.push("not scored");
+  return make("p", "explanation" + (failed ? " failed" : ""), visible(text, true), make("small", "", parts.join(" · ")));
 }
 
 const panel = (title, note, ...children) => make("div", "panel",
   make("h2", "", title, note ? make("small", "", note) : null), ...children);
 
-function plot(id) {
+function plot(id, label) {
   const element = make("div", "plot");
   element.id = id;
+  element.setAttribute("role", "img");
+  element.setAttribute("aria-label", label);
   return element;
 }
 
@@ -80,7 +87,8 @@ function logits(data) {
   const against = half(n, 2 * n, "against");
   against.append(...[...against.children].reverse());
   return panel("Logits", ONE === "latent" ? "decoder direction to vocabulary" : "direction to vocabulary",
-    data.logit_hist ? plot("logit-histogram") : null, make("div", "pair", half(0, n, "for"), against));
+    data.logit_hist ? plot("logit-histogram", "Histogram of the effects on all tokens' logits") : null,
+    make("div", "pair", half(0, n, "for"), against));
 }
 
 function tokenTable(lines) {
@@ -133,7 +141,8 @@ function logitPlot(element, [low, high, counts]) {
   const speaksFor = (i) => from(i + 0.5) >= 0;
   steerkit.draw(element, [part(speaksFor), part((i) => !speaksFor(i))],
     { showlegend: false, barmode: "overlay", xaxis: { showgrid: false, zeroline: true, nticks: 6 },
-      yaxis: { type: "log", dtick: 2, exponentformat: "none", tickformat: ",d", title: { text: "vocabulary" },
+      yaxis: { type: "log", dtick: Math.max(...counts) > 1000 ? 2 : 1, exponentformat: "none", tickformat: ",d",
+        title: { text: "vocabulary" },
         range: [-0.2, Math.log10(Math.max(...counts, 1)) + 0.15] }, margin: { l: 44, r: 18, t: 4, b: 22 } });
 }
 
@@ -149,7 +158,8 @@ function steering({ prompt, unit, rows }) {
   slider.setAttribute("aria-label", "Strength of steering");
   const said = make("div", "said");
   const facts = make("span", "facts");
-  const ticks = make("div", "ticks", ...sorted.map(([strength], i) => button(named(strength), "tick", () => { slider.value = i; show(); })));
+  const ticks = make("div", "ticks", ...sorted.map(([strength], i) =>
+    button(named(strength), "tick", () => { slider.value = i; show(); })));
 
   function show() {
     const [strength, text, kl] = sorted[Number(slider.value)];
@@ -159,14 +169,16 @@ function steering({ prompt, unit, rows }) {
     while (same < shown.length && shown[same] === before[same]) same += 1;
     if (same < shown.length) same = shown.lastIndexOf(" ", same) + 1;
     said.replaceChildren(shown.slice(0, same), make("em", "", shown.slice(same)));
-    facts.replaceChildren(fact("strength", named(strength)), " " + visible(unit, true) + "  ", fact("KL", decimal(kl) + " nats a token"));
+    facts.replaceChildren(fact("strength", named(strength)), " " + visible(unit, true) + "  ",
+      fact("KL", decimal(kl) + " nats a token"));
     slider.setAttribute("aria-valuetext", named(strength));
     [...ticks.children].forEach((tick, i) => tick.setAttribute("aria-pressed", String(sorted[i][0] === strength)));
   }
 
   slider.addEventListener("input", show);
   show();
-  return make("section", "group steering", make("h2", "", "Steering", make("small", "", "greedy continuation of “" + visible(prompt, true) + "”")),
+  return make("section", "group steering",
+    make("h2", "", "Steering", make("small", "", "greedy continuation of “" + visible(prompt, true) + "”")),
     make("div", "dial", make("div", "", slider, ticks), facts),
     make("div", "texts", make("div", "", make("h3", "", "unsteered"), make("div", "said", plain ? visible(plain[1], true) : "–")),
       make("div", "", make("h3", "", "steered"), said)));
@@ -183,8 +195,8 @@ const silentText = () => "It was not active on any of the " + whole(head.tokens)
 
 function absent(id) {
   if (!(Number.isInteger(id) && id >= 0 && id < head.d_sae)) {
-    return friendly("There is no such " + ONE, (ONE === "latent" ? "This autoencoder has latents 0 to " : "There are directions 0 to ")
-      + (head.d_sae - 1) + ".");
+    return friendly("There is no such " + ONE,
+      (ONE === "latent" ? "This autoencoder has latents 0 to " : "There are directions 0 to ") + (head.d_sae - 1) + ".");
   }
   if (dead.has(id)) return friendly(capital(ONE) + " " + id + " is dead", silentText());
   return friendly(capital(ONE) + " " + id + " is not in this dashboard", "It is alive, but only " + whole(table.id.length) + " of "
@@ -207,14 +219,15 @@ async function latent(id) {
   const scale = { activation: table.max[index], loss: 0.01 };
   const groups = groupsOf(data, scale);
   const left = make("div", "",
-    silent ? null : panel("Activations", "", plot("histogram")),
+    silent ? null : panel("Activations", "", plot("histogram", "Histogram of the activations")),
     data.logits ? logits(data) : null,
     silent ? null : tokenTable(data.tokens),
     data.co?.length ? together(data.co) : null,
     nearest(data.near));
   const right = make("div", "",
     data.steer ? steering(data.steer) : null,
-    silent ? make("div", "friendly", make("h2", "", "Dead"), make("p", "", silentText())) : contextTools(groups, scale, Boolean(data.ablation)),
+    silent ? make("div", "friendly", make("h2", "", "Dead"), make("p", "", silentText()))
+      : contextTools(groups, scale, Boolean(data.ablation)),
     ...(silent ? [] : groups));
   view.replaceChildren(top(id, index, data), make("div", "columns", left, right));
   $("name").focus({ preventScroll: true });

@@ -108,7 +108,8 @@ const CELLS = {
   label: (index) => make("span", "cell", visible(table.label[index] ?? "", true)),
   concept: (index) => make("span", "cell", visible(table.concept[index] ?? "", true)),
   auroc: (index) => make("span", "number", table.auroc[index] === null ? "" : table.auroc[index].toFixed(3)),
-  match: (index) => make("span", "number", table.match[index] ? table.match[index][0] + " · " + table.match[index][1].toFixed(2) : ""),
+  match: (index) => make("span", "number",
+    table.match[index] ? table.match[index][0] + " · " + table.match[index][1].toFixed(2) : ""),
 };
 
 function warningMark() {
