@@ -43,6 +43,7 @@ class Content:
         self.row_number: dict[int, int] = {}
         self.used_tokens = {int(i) for i in stats.token_ids[ids].ravel() if i >= 0}
         texts = shown_tokens(model.tokenizer, range(model.d_vocab))
+        self.directions = directions
         self.words = Describer(stats, texts, model.special_ids, directions)
         self.head: dict[str, Any] = {}
         self.table: dict[str, list[Any]] = {}
@@ -107,11 +108,7 @@ class Content:
         latent: dict[str, Any] = {
             "about": self.words.about(i, self.concepts.get(i)),
             "hist": _trimmed(stats.histogram[i]),
-            "near": [
-                [int(j), round(float(cosine), 3)]
-                for j, cosine in zip(stats.neighbours[i], stats.neighbour_cosine[i])
-                if j >= 0
-            ],
+            "near": self._near(i),
             "co": [
                 [int(j), short(jaccard), short(pmi), int(n)]
                 for j, jaccard, pmi, n in zip(
@@ -149,6 +146,18 @@ class Content:
         if stats.logit_range is not None and stats.logit_histogram is not None:
             latent["logit_hist"] = [*rounded(stats.logit_range[i]), stats.logit_histogram[i].tolist()]
         return latent
+
+    def _near(self, i: int) -> list[list[Any]]:
+        """[latent, cosine] of the nearest decoder directions; a direction's own other end goes before them."""
+        stats = self.stats
+        found = [
+            [int(j), round(float(cosine), 3)]
+            for j, cosine in zip(stats.neighbours[i], stats.neighbour_cosine[i])
+            if j >= 0
+        ]
+        if not self.directions:
+            return found
+        return [[i ^ 1, -1.0], *(pair for pair in found if pair[0] != i ^ 1)]
 
     def _example(self, k: int) -> list[Any]:
         """[interval, row, position, activation, offset of the window's first active token, activations in hex]"""

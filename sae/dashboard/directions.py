@@ -57,7 +57,7 @@ def build_directions(
     """
     if len(names) != len(directions):
         raise InputError(f"{len(names)} names were given for {len(directions)} directions: each needs one.")
-    ends = [(f"{name} +", f"{name} −") if isinstance(name, str) else name for name in names]
+    ends = [(f"+ {name}", f"− {name}") if isinstance(name, str) else name for name in names]
     sae = fitted_latents(model, directions, documents, site, thresholds=thresholds, tokenization=tokenization)
     return build(
         model,

@@ -76,7 +76,8 @@ def build(
     `latents` is "all" (all that are alive), "top:N" (the N active most often) or a list. `summary` holds figures
     for the head of the page (`summary.json` of a run), `concepts` what a latent is about: (name, AUROC).
     `stats` are statistics collected before, else they are collected here. With `single_file` everything is in
-    one file, `out` itself if it ends in .html. `names` are those of directions, which are then spoken of instead of latents.
+    one file, `out` itself if it ends in .html. `names` are of the ends of directions, pair by
+    pair, which are then spoken of instead of latents (`sae.dashboard.directions`).
 
     What costs more is asked for: `ablate` measures the loss without each latent (`sae.dashboard.ablation`), `steer` generates
     text with it (`sae.dashboard.preview`; a text: the prompt), `explainer` is asked what it is for and scored
@@ -111,8 +112,8 @@ def build(
     content.head |= {
         "title": title or f"{_ARCH_NAMES.get(sae.arch, sae.arch)} SAE of {name}",
         "subtitle": f"{name} · {stats.info['site']}",
-        "arch": "directions" if names is not None else _ARCH_NAMES.get(sae.arch, sae.arch),
-        "summary": jsonable(_summary(sae, stats, summary or {})),
+        "arch": _ARCH_NAMES.get(sae.arch, sae.arch),
+        "summary": {} if names is not None else jsonable(_summary(sae, stats, summary or {})),
         "provenance": jsonable({**stats.info, **(provenance or {})}),
     }
     if names is not None:

@@ -44,6 +44,7 @@ class Directions:
     thresholds: Float[Tensor, " n"] | None = None
     """Of the projections on the unit directions; None: the data's mean."""
     about: dict[str, Any] = field(default_factory=dict)
+    title: str | None = None
 
 
 def holds_directions(path: str | Path) -> bool:
@@ -75,6 +76,7 @@ class Opened:
             thresholds=found.thresholds,
             tokens=tokens,
             single_file=single_file,
+            title=found.title,
             provenance=found.about,
             quiet=quiet,
         )
@@ -225,7 +227,7 @@ def _of_adapter(path: Path, model: HookedModel, module: str | None, writes: bool
     verb = "writes" if writes else "reads"
     return Directions(
         _site_at(model, ends[0], change.base.shape[0 if writes else 1], writes),
-        [f"{verb} {i + 1}: {float(share):.0%} of ΔW" for i, share in enumerate(energy[:n])],
+        [f"{verb} {i + 1}, {float(share):.0%} of ΔW" for i, share in enumerate(energy[:n])],
         (U.T if writes else Vh)[:n],
         about={
             "adapter": str(path),

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sae.dashboard.pieces import INCOMPLETE, readable_tokens, token_style
+from sae.dashboard.pieces import INCOMPLETE, context_texts, readable_tokens, token_style
 
 TEXT = "The naïve café sells\ntea — 東京 🦊 and  two spaces."
 
@@ -66,3 +66,16 @@ def test_wordpiece(piece, text):
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
     assert token_style(fast) == "wordpiece"
     assert readable_tokens(fast, [vocabulary[piece]]) == [text]
+
+
+def test_in_context_characters_are_put_together_and_nothing_is_invisible():
+    tokenizer = byte_level()
+    ids = tokenizer(TEXT)["input_ids"]
+    shown = context_texts(tokenizer, ids)
+    assert len(shown) == len(ids)
+    assert "".join(shown).replace("‧", "") == TEXT.replace("\n", "↵")
+    fox = [i for i in ids if readable_tokens(tokenizer, [i])[0].startswith(INCOMPLETE)]
+    assert context_texts(tokenizer, fox[:1]) == [f"‹{readable_tokens(tokenizer, fox[:1])[0][1:]}›"]
+    plain = sentencepiece()
+    control = [plain.get_vocab()[f"<0x{byte:02X}>"] for byte in (0x1B, 0x00, 0x09, 0xE2)]
+    assert context_texts(plain, control) == ["␛", "␀", "⇥", "‹e2›"]

@@ -94,7 +94,9 @@ def test_a_planted_directions_page_shows_the_planted_tokens(documents, tmp_path)
     )
     found = shards(page)
     assert found["head"]["directions"] is True
-    assert found["head"]["table"]["name"] == ["planted +", "planted −"]
+    assert found["head"]["table"]["name"] == ["+ planted", "− planted"]
+    assert [record["near"][0] for record in found["latents-0"]] == [[1, -1.0], [0, -1.0]]
+    assert found["head"]["summary"] == {}
     assert tokens_of(found, 0)[:5] == [" red"] * 5
     assert tokens_of(found, 1)[:5] == [" fox"] * 5
 

@@ -155,13 +155,13 @@
     latents.replaceChildren(title, make("table", {}, ...lines));
   }
 
-  // Strengths in units of the latent's maximum in the dashboard, else of its activation here.
+  // Strengths in units of the latent's maximum in the dashboard, else of its activation here; of directions, in the directions themselves.
   function showSteering(id, value) {
-    const unit = place.has(id) ? table.max[place.get(id)] : value;
+    const unit = head.directions ? 1 : place.has(id) ? table.max[place.get(id)] : value;
     const slider = make("input", { type: "range", min: -4, max: 4, step: 0.5, value: 1 });
-    slider.setAttribute("aria-label", "Strength, in maxima of the " + kind);
+    slider.setAttribute("aria-label", "Strength of steering");
     const shown = make("b", {});
-    const tell = () => { shown.textContent = " " + number(slider.valueAsNumber).replace(/\.?0+$/, "") + " × its maximum "; };
+    const tell = () => { shown.textContent = " " + number(slider.valueAsNumber).replace(/\.?0+$/, "") + (head.directions ? " × the direction " : " × its maximum "); };
     const go = make("button", { type: "button", textContent: "Go on" });
     const result = make("div", {});
     go.addEventListener("click", () => busy(async () => {
