@@ -62,7 +62,7 @@ def _head(head):
         "unmatched": 5,
         "summary": {"l0": 77.5, "kl": 0.25},
     }
-    head["exports"] = ["export/latents.csv"]
+    head["exports"] = ["export/latents.csv", *(f"export/neuronpedia/batch-{i}.json" for i in range(2))]
     return head
 
 
@@ -111,7 +111,7 @@ def test_every_panel_shows_and_nothing_is_html(visit, full):
         assert start + SHOWN in shown
     assert "correlation 0.50 with the activations on 12 contexts" in shown
     assert "tells 75 % of active and silent ones apart" in shown
-    assert "+0.13 nats a token" in shown
+    assert "+0.125 nats a token" in shown
     assert page.text_content("#misses .value") == "−0.25"
     together = page.text_content(".together")
     assert "321" in together
@@ -171,9 +171,9 @@ def test_contexts_are_recoloured_by_change_of_loss(visit, full):
     rise, fall = (page.locator(coloured).nth(i).get_attribute("style") for i in (0, 1))
     assert "--rise" in rise
     assert "--fall" in fall
-    assert page.locator(".context .value").first.inner_text() == "+0.25"
+    assert page.locator(".context .value").first.inner_text() == "+0.250"
     page.hover(".text span[style*=background]")
-    assert "+0.50 nats" in page.text_content("#tip")
+    assert "+0.500 nats" in page.text_content("#tip")
     page.keyboard.press("c")
     assert page.locator(coloured).count() == by_activation
 
@@ -296,7 +296,10 @@ def test_keys(visit, full):
 
 def test_downloads_and_dead_latents_are_listed(visit, full):
     page = visit(full)
-    assert page.get_attribute("#exports a", "href") == "export/latents.csv"
+    links = page.locator("#exports a").evaluate_all(
+        "links => links.map((a) => [a.textContent, a.getAttribute('href')])"
+    )
+    assert links == [["CSV", "export/latents.csv"], ["Neuronpedia", "export/neuronpedia/"]]
     page.click("#dead summary")
     assert page.locator("#dead a").all_inner_texts() == [str(i) for i in range(DEAD, DEAD + 4)]
 

@@ -27,7 +27,7 @@ function context({ row: number, position, label, values, losses = null }, scale)
     if (i === position) span.classList.add("peak");
     span.dataset.token = ids[i];
     span.dataset.value = Math.abs(i - position) > WINDOW ? "" : decimal(act);
-    if (loss !== undefined) span.dataset.loss = signed(loss);
+    if (loss !== undefined) span.dataset.loss = nats(loss);
     return space && !first ? [" ", span] : [span];
   }
 
@@ -42,7 +42,7 @@ function context({ row: number, position, label, values, losses = null }, scale)
     for (let i = start; i < end; i += 1) spans.push(...word(i, shown[i], i === start));
     if (end < ids.length) spans.push(make("span", "cut", " …"));
     text.replaceChildren(...spans);
-    value.textContent = !showing.loss ? label : losses ? signed([...losses.values()].reduce((a, b) => a + b, 0)) : "";
+    value.textContent = !showing.loss ? label : losses ? nats([...losses.values()].reduce((a, b) => a + b, 0)) : "";
     element.classList.toggle("unmeasured", showing.loss && !losses);
   }
 

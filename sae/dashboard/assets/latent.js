@@ -31,7 +31,7 @@ function facts(index, data) {
   if (table.concept && table.concept[index]) {
     list.push(fact("best concept", visible(table.concept[index], true) + " (AUROC " + table.auroc[index].toFixed(3) + ")"));
   }
-  if (data.ablation && data.ablation.n) list.push(fact("Δ loss without it", signed(data.ablation.mean) + " nats a token"));
+  if (data.ablation && data.ablation.n) list.push(fact("Δ loss without it", nats(data.ablation.mean) + " nats a token"));
   if (table.match && table.match[index]) {
     const [other, cosine] = table.match[index];
     list.push(fact("in " + visible(second.name, true), other + " (cosine " + cosine.toFixed(2) + ")"));

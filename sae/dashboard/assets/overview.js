@@ -156,7 +156,6 @@ function moveCursor(to) {
 }
 
 // -- around the table ----------------------------------------------------------------------------------------------------
-const thousandths = (value) => value.toFixed(3).replace("-", "−");
 const TILES = [
   ["arch", "architecture", (value) => ARCHITECTURES[value] ?? value],
   ["d_sae", "latents", whole], ["l0", "L0", decimal], ["fvu", "FVU", thousandths],
@@ -205,6 +204,20 @@ function deadList() {
   $("dead").append(list);
 }
 
+// A link to each file, and one to each folder of files.
+function exportLinks() {
+  const folders = new Set();
+  for (const file of head.exports ?? []) {
+    const [, folder] = file.match(/^export\/([^/]+)\/[^/]+$/) ?? [];
+    if (folders.has(folder)) continue;
+    const link = make("a", "", folder ? capital(folder) : file.split(".").pop().toUpperCase());
+    link.href = folder ? "export/" + folder + "/" : file;
+    if (folder) folders.add(folder);
+    else link.download = "";
+    $("exports").append(link, " ");
+  }
+}
+
 function provenance() {
   const about = make("table", "");
   for (const [key, value] of Object.entries(head.provenance)) {
@@ -247,12 +260,7 @@ function overview() {
     $("filter").append(option);
   }
   $("filter").hidden = FILTERS.length < 2;
-  for (const file of head.exports ?? []) {
-    const link = make("a", "", file.split(".").pop().toUpperCase());
-    link.href = file;
-    link.download = "";
-    $("exports").append(link, " ");
-  }
+  exportLinks();
   tiles();
   columnHeads();
   deadList();

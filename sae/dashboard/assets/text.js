@@ -32,6 +32,8 @@ const decimal = (value) => {
   return (size < 1e-3 || size >= 1e5 ? value.toExponential(1)
     : value.toFixed(size >= 1000 ? 0 : size >= 100 ? 1 : size >= 0.1 ? 2 : 3)).replace("-", "−");
 };
+const thousandths = (value) => value.toFixed(3).replace("-", "−");
+const nats = (value) => (value >= 0.0005 ? "+" : "") + thousandths(Math.abs(value) < 0.0005 ? 0 : value);
 const signed = (value) => (value > 0 ? "+" : "") + decimal(value);
 
 // Whitespace that would not be seen, made visible; `inText` leaves the spaces between words as they are.
