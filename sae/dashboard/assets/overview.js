@@ -173,10 +173,7 @@ function tiles() {
     const value = (summary) => make("dd", "", present(summary, key) ? String(format(summary[key])) : "–");
     tile(name, value(head.summary), ...(second ? [value(second.summary)] : []));
   }
-  if (second) {
-    const count = table.match ? table.match.filter((_, index) => !matched(index)).length : null;
-    tile("without a match", make("dd", "", count === null ? "–" : whole(count)), make("dd", "", whole(second.unmatched)));
-  }
+  if (second) tile("without a match", make("dd", "", whole(second.unmatched)), make("dd", "", "–"));
 }
 
 function columnHeads() {
