@@ -175,7 +175,9 @@ def sweep_vectors(
     ] = None,
     sae: Annotated[
         Path | None,
-        typer.Option("--sae", exists=True, help="A trained autoencoder's run: FGAA is among the methods."),
+        typer.Option(
+            "--sae", exists=True, help="A trained autoencoder's run: its latents are among the methods."
+        ),
     ] = None,
     seeds: Annotated[
         int, typer.Option("--seeds", help="Sweeps with seeds of their own, told as mean and spread.")
@@ -202,7 +204,7 @@ def sweep_vectors(
         "strengths": None if strengths is None else [_number(s) for s in items(strengths) or ()],
         "kl_targets": None if kl_targets is None else [_number(s) for s in items(kl_targets) or ()],
         "seed": seed,
-        "settings.fgaa.sae": None if sae is None else str(sae),
+        **{f"settings.{name}.sae": None if sae is None else str(sae) for name in ("fgaa", "sae_latent")},
     }
     if seeds < 1:
         raise InputError(f"--seeds is {seeds}; it is at least 1.")

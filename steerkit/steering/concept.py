@@ -79,6 +79,8 @@ _BATCH = 32
 _OFF = 1.5
 """How many times more or less than asked a divergence on test is before the page warns."""
 _FEW = 30
+_LEARNED = 2 / 3
+"""Share of the pairs to learn from, at most, where there are too few for what is asked."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class ConceptConfig:
             "shuffled": tuple(
                 name for name in cls.methods if name in without_training() and get(name).of_sides
             ),
-            "sites": (posts[(len(posts) - 1) // 2], "+".join(posts))[: len(posts)],
+            "sites": (posts[len(posts) // 2], "+".join(posts))[: len(posts)],
             "kl_targets": (1.0, 3.0),
             "n_pairs": 128,
             "n_held_out": 64,
@@ -200,7 +202,7 @@ class ConceptStudy:
 
     def __repr__(self) -> str:
         lines = (
-            f"{row['label']:<34}"
+            f"{row['label']:<40}"
             + (
                 row["reason"]
                 if row["effect"] is None
@@ -239,10 +241,10 @@ def study_concept(
             f"{model.name} writes no text: a concept is steered in what a decoder-only model writes."
         )
     loaded = load_pairs(pairs)
+    splits = {seed: _split(loaded, config, seed) for seed in range(config.seed, config.seed + config.seeds)}
     task = make_task(
         model, loaded, effect=effect, prompts=prompts, n_prompts=config.n_prompts, seed=config.seed
     )
-    splits = {seed: _split(loaded, config, seed) for seed in range(config.seed, config.seed + config.seeds)}
     if sae is not None:
         sae_and_site(str(sae), model)
     settings = {
@@ -294,8 +296,9 @@ def _split(pairs: Pairs, config: ConceptConfig, seed: int) -> tuple[Pairs, Pairs
         raise InputError(
             f"{pairs.name} has {len(pairs)} pairs: at least four are needed, some to learn from and some held out."
         )
-    wanted = config.n_pairs / (config.n_pairs + config.n_held_out)
-    train, held_out = pairs.split(wanted, seed=seed)
+    wanted = config.n_pairs + config.n_held_out
+    share = config.n_pairs / wanted
+    train, held_out = pairs.split(share if len(pairs) >= wanted else min(share, _LEARNED), seed=seed)
     return train[: config.n_pairs], held_out[: config.n_held_out]
 
 
@@ -308,7 +311,7 @@ def _autoencoder(
         return Path(given), {"from": str(given), "site": site, "d_sae": sae.d_sae, "arch": sae.arch}
     if not speaks_storyworld(model):
         return None, None
-    site = f"blocks.{(model.n_layers - 1) // 2}.hook_resid_post"
+    site = f"blocks.{model.n_layers // 2}.hook_resid_post"
     trained = saes.train(
         model,
         "storyworld",
@@ -316,7 +319,7 @@ def _autoencoder(
         saes.TopK(d_sae=config.sae_latents, k=16),
         config.sae_tokens,
         place,
-        config=saes.TrainConfig(seed=config.seed, held_out_tokens=10_000),
+        config=saes.TrainConfig(seed=config.seed, held_out_tokens=min(10_000, config.sae_tokens // 4)),
         resume=True,
         quiet=quiet,
     )

@@ -13,6 +13,8 @@ from steerkit.steering.concept import NULL, ConceptStudy, label_of
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "hexagon", "cross", "triangle-down")
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _GREY = "rgb(128, 128, 128)"
+_ROOM = 24
+"""Letters of an effect's name that fit a column."""
 _QUIET = "color: var(--quiet)"
 Row = Mapping[str, Any]
 
@@ -41,7 +43,7 @@ def write_report(study: ConceptStudy, path: str | Path) -> Path:
         _texts(study),
         _SORTING,
     ]
-    return page(f"Concept: {config['effect']}", parts, path)
+    return page(f"Concept: {config['pairs']}", parts, path)
 
 
 def _introduction(study: ConceptStudy) -> str:
@@ -55,14 +57,24 @@ def _introduction(study: ConceptStudy) -> str:
             if "fvu" in sae
             else ""
         )
-        origin = f" The SAE: {size}{trained}; {html.escape(sae['from'])}."
+        origin = f" The SAE: {size}{trained}; {html.escape(_origin(sae))}."
     return (
         f"<p>Model <code>{html.escape(config['model'])}</code>. Every method learns from the same {base['n_pairs']} pairs of "
         f"<code>{html.escape(config['pairs'])}</code>; {base['n_held_out']} more are held out to detect in, {base['n_prompts']} "
-        f"test prompts with {config['samples']} texts each to steer on. Effect <b>{html.escape(config['effect'])}</b>: "
+        f"test prompts, {config['samples']} text{'s' * (config['samples'] != 1)} each, to steer on. "
+        f"Effect <b>{html.escape(config['effect'])}</b>: "
         f"{_effect(base['effect'], config)} {_ends(base['effect_ci'], config)} without steering. Divergence is KL(steered ‖ base) "
         f"in nats a sequence of {config['max_new_tokens']} tokens, from the full next-token distributions.{origin}</p>"
     )
+
+
+def _named(config: Mapping[str, Any]) -> str:
+    """The effect's name where there is little room."""
+    return config["effect"] if len(config["effect"]) <= _ROOM else "effect"
+
+
+def _origin(sae: Mapping[str, Any]) -> str:
+    return sae["from"] if "fvu" in sae else f"from {sae['from']}"
 
 
 def _warned(study: ConceptStudy) -> str:
@@ -93,12 +105,12 @@ def _table(study: ConceptStudy) -> str:
         ("kind", False),
         ("AUROC", True),
         ("by", False),
-        (config["effect"], True),
+        (_named(config), True),
         ("side effects", True),
         ("fluency", True),
         ("KL", True),
         ("parameters", True),
-        ("seconds to fit", True),
+        ("fit, s", True),
     )
     head = "".join(
         f'<th{" class=number" if number else ""} aria-sort="none"><button data-sort="{i}">{html.escape(name)}</button></th>'
@@ -196,7 +208,7 @@ def _doses(study: ConceptStudy) -> Any:
     figure.update_layout(
         xaxis={"type": "log", "title": {"text": "KL(steered ‖ base), nats a sequence"}},
         yaxis={
-            "title": {"text": study.config["effect"]},
+            "title": {"text": _named(study.config)},
             **({"range": [-0.02, 1.04]} if study.config["binary"] else {}),
         },
         showlegend=True,
@@ -247,7 +259,7 @@ def _both(study: ConceptStudy) -> Any:
         margin={"l": 210},
         xaxis={"range": [-0.02, 1.02], "title": {"text": "AUROC on held-out pairs"}},
         xaxis2={
-            "title": {"text": f"{study.config['effect']}, steered"},
+            "title": {"text": f"{_named(study.config)}, steered"},
             **({"range": [-0.02, 1.02]} if study.config["binary"] else {}),
         },
         yaxis={
@@ -288,6 +300,7 @@ table.sortable th button { border: none; padding: 0; font-weight: 500; }
 table.sortable th[aria-sort=ascending] button::after { content: " ↑"; }
 table.sortable th[aria-sort=descending] button::after { content: " ↓"; }
 table.sortable td { vertical-align: top; }
+table.sortable td:first-child { white-space: nowrap; }
 details { margin: 8px 0; } summary { cursor: pointer; }
 [role=note] { background: var(--raised); border-left: 3px solid var(--against); padding: 8px 16px; margin: 16px 0; }
 [role=note] ul { margin: 4px 0; padding-left: 20px; }

@@ -42,8 +42,8 @@ FEW_SHOT = "few-shot"
 OWN = "its own"
 """The site of methods that choose where they act."""
 SAMPLES_SHOWN = 4
-_TRIES = 5
-"""Measurements that a strength is sought with."""
+_TRIES = 8
+"""Measurements that a strength is sought with, at most."""
 _CLOSE = 0.25
 """How far the logarithm of a divergence may be from that of its target."""
 _STRONGEST = 1e4

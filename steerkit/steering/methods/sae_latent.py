@@ -1,10 +1,10 @@
 """One latent of a sparse autoencoder: the one that tells the sides apart best, as a vector to add.
 
     i = argmax_j AUROC(mean_t f_j(h+), mean_t f_j(h-)),   f: latents of the SAE
-    v = [mean f_i(h+) - mean f_i(h-)] d_i                 d_i: its decoder row, in the activations' units
+    v = |mean_i(h+_i) - mean_i(h-_i)| d_i / |d_i|         d_i: its decoder row
 
 Chosen by AUROC as in AxBench, Wu et al. 2025, https://arxiv.org/abs/2501.17148 (SAE-A); of latents that are equally good the one
-whose v is longest. The autoencoder itself was trained without the pairs.
+whose part of the activations, f_i |d_i|, differs most. The autoencoder itself was trained without the pairs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from steerkit.steering.features import add_latents
 from steerkit.steering.methods.base import Method, register
 from steerkit.steering.methods.fgaa import sae_and_site
 from steerkit.steering.pairs import Pairs
-from steerkit.steering.reading import encode_side
+from steerkit.steering.reading import collect_pairs, encode_side
 from steerkit.steering.vector import SteeringVector
 
 _BATCH = 32
@@ -48,15 +48,17 @@ class SAELatent(Method):
         sae, site = sae_and_site(self.sae, model, sites)
         positive, negative = side_latents(model, sae, site, pairs)
         difference = positive.mean(0) - negative.mean(0)
-        length = difference * sae.W_dec.detach().float().cpu().norm(dim=1)
+        norms = sae.W_dec.detach().float().cpu().norm(dim=1)
         candidates = (difference > 0).nonzero().flatten().tolist()
         if not candidates:
             raise InputError(f"No latent of the SAE is more active on the positive sides of {pairs.name}.")
         labels = np.repeat([True, False], len(pairs))
         both = torch.cat([positive, negative]).double().numpy()
         areas = {i: auroc(both[:, i], labels) for i in candidates}
-        best = max(candidates, key=lambda i: (round(areas[i], 6), float(length[i])))
-        vector = add_latents(sae, {best: float(difference[best])}, site)
+        best = max(candidates, key=lambda i: (round(areas[i], 6), float(difference[i] * norms[i])))
+        positive_acts, negative_acts = collect_pairs(model, pairs, [site])[site]
+        shift = (positive_acts - negative_acts).mean(0).norm()
+        vector = add_latents(sae, {best: float(shift.cpu() / norms[best])}, site)
         provenance = {
             **self.provenance(model, pairs, [site]),
             "settings": {},
