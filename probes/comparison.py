@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from probes.comparison_report import findings, write_report
 from probes.crossval import cross_validate
 from probes.data import LabelledData, ProbeRows, Reading, ceiling, load_labelled, read_rows
+from probes.freezing import FreezingSweep
 from probes.methods import Logistic, ProbeWarning
 from probes.rollback import Evaluate, RollbackSweep, Scored, rollback_sweep
 from probes.scores import HeldOut, Scores, difference
@@ -197,6 +198,8 @@ class Comparison:
     probes: dict[str, ProbeComparison]
     scores: dict[str, ScoreChange]
     rollback: dict[str, RollbackSweep]
+    freezing: FreezingSweep | None
+    """How far the base comes when fewer blocks of it are trained, where that was given."""
     weights: tuple[WeightChange, ...]
     left_out: tuple[str, ...]
     """What makes no sense for these two, and why."""
@@ -231,6 +234,7 @@ class Comparison:
             "probes": {name: found.to_dict() for name, found in self.probes.items()},
             "scores": {name: found.to_dict() for name, found in self.scores.items()},
             "rollback": {name: found.to_dict() for name, found in self.rollback.items()},
+            "freezing": self.freezing and self.freezing.to_dict(),
             "weights": [vars(change) for change in self.weights],
             "left_out": list(self.left_out),
             "notes": list(self.notes),
@@ -277,6 +281,7 @@ def compare(
     labels: Sequence[str] | None = None,
     scores: Mapping[str, Evaluate] | None = None,
     tuned_in: Callable[[], AbstractContextManager[Any]] | None = None,
+    freezing: FreezingSweep | None = None,
     config: ComparisonConfig = ComparisonConfig(),
     quick: bool = False,
     text_column: str | None = None,
@@ -289,7 +294,8 @@ def compare(
     `labels` name attributes of StoryWorld or columns of the table (default: honesty and mood; `label` where there is one).
     `scores` are what a model is worth besides its loss on the text, the most important first. `tuned_in` opens what has to be
     around each forward of the tuned model: `lambda: model.steer(vector)` with the model on both sides. An adapter from
-    `adapters.get` is compared with the model it is in. `out` is a directory for summary.json and report.html.
+    `adapters.get` is compared with the model it is in. `freezing` is what training fewer blocks of the base comes to
+    (`probes.freezing`), told and shown beside rollback. `out` is a directory for summary.json and report.html.
 
     Raises InputError for one class only, data without text, and models that have no site in common; NumericsError on NaN.
     """
@@ -334,6 +340,7 @@ def compare(
         probes={name: own for name, own in probes.items() if own is not None},
         scores=changes,
         rollback=sweeps,
+        freezing=freezing,
         weights=weights,
         left_out=tuple(left_out),
         notes=tuple(notes),

@@ -18,6 +18,8 @@ Figures = Mapping[str, Any]
 _GREY = "rgb(128, 128, 128)"
 _QUIET = "color: var(--quiet)"
 _ALPHA = 0.05
+_SHARE = 0.9
+"""Of the way from the head alone to all blocks."""
 
 
 # -- in words --------------------------------------------------------------------------------------------------------
@@ -31,6 +33,7 @@ def findings(figures: Figures) -> tuple[str, ...]:
         *_of_similarity(figures["layers"]),
         *(line for probe in figures["probes"].values() for line in _of_probes(probe, figures["layers"])),
         *(line for name, sweep in figures["rollback"].items() for line in _of_rollback(name, sweep)),
+        *([] if figures["freezing"] is None else [_of_freezing(figures["freezing"])]),
         *_of_weights(figures["weights"]),
     )
 
@@ -138,6 +141,29 @@ def _of_rollback(name: str, sweep: Figures) -> Iterator[str]:
     yield f"{told}. Rolling everything back changes it by {whole['estimate']:+.3g}."
 
 
+def _of_freezing(sweep: Figures) -> str:
+    what, results = f"{sweep['score_name']} of the base trained again", sweep["results"]
+    if not sweep["gain"]["low"] > 0:
+        return (
+            f"Freezing: the {what} cannot be told to be better with all blocks than with the head alone "
+            f"({_signed(sweep['gain'])}), so that no share of the way is known."
+        )
+    reached = next(r for r in results if r["normalised"]["estimate"] >= _SHARE or r is results[-1])
+    surely = next(r for r in results if r["normalised"]["low"] >= _SHARE or r is results[-1])
+    told = f"Freezing: for the {what}, {_SHARE:.0%} of the way from the head alone to all blocks takes {_trained(reached, sweep)}"
+    return f"{told}, and beyond doubt {_trained(surely, sweep)}."
+
+
+def _trained(result: Figures, sweep: Figures) -> str:
+    if result is sweep["results"][-1]:
+        return f"all {result['k']}"
+    return f"the {sweep['side']} {result['k']} ({_shares(result['normalised'])})"
+
+
+def _shares(interval: Figures) -> str:
+    return f"{interval['estimate']:.2f} {_between((interval['low'], interval['high']), 2)}"
+
+
 def _of_weights(weights: Sequence[Figures]) -> Iterator[str]:
     if not weights:
         return
@@ -204,6 +230,8 @@ def write_report(figures: Figures, path: str | Path) -> Path:
         parts += _probes(probe, figures["layers"])
     for name, sweep in figures["rollback"].items():
         parts += _rollback(name, sweep)
+    if figures["freezing"] is not None:
+        parts += _freezing(figures["freezing"])
     if any(w["norm"] > 0 for w in figures["weights"]):
         parts += _weights(figures["weights"])
     parts += ["<h2>Layer by layer</h2>", _table(figures)]
@@ -393,6 +421,39 @@ def _rollback(name: str, sweep: Figures) -> list[Any]:
         "pairs on the same examples.</p>",
         figure,
     ]
+
+
+def _freezing(sweep: Figures) -> list[Any]:
+    from plotly import graph_objects as go
+
+    results = sweep["results"]
+    rows = "".join(
+        f'<tr><td>{r["k"]}</td><td class="number">{"–" if r["lr"] is None else format(r["lr"], ".2g")}'
+        f'{" (edge of its grid)" if r["at_edge"] else ""}</td><td class="number">{_shown(r["score"])}</td>'
+        f'<td class="number">{_shown(r["normalised"])}</td></tr>'
+        for r in results
+    )
+    heads = "".join(
+        f'<th class="number">{name}</th>'
+        for name in ("learning rate", html.escape(sweep["score_name"]), "way")
+    )
+    parts: list[Any] = [
+        "<h2>Freezing</h2>",
+        f"<p>The base trained again, the {sweep['side']} k blocks of it and the others as they were: how far it comes from the "
+        "head alone (0) to all blocks, embeddings and final norm (1). Every k has the learning rate that is best on "
+        "validation.</p>",
+    ]
+    if sweep["gain"]["low"] > 0:
+        figure = go.Figure()
+        _line(figure, "way", [str(r["k"]) for r in results], [r["normalised"] for r in results])
+        figure.add_hline(y=_SHARE, line={"color": _GREY, "width": 1, "dash": "dot"})
+        figure.update_layout(
+            height=380,
+            xaxis={"type": "category", "title": {"text": f"blocks trained, from the {sweep['side']}"}},
+            yaxis={"title": {"text": "share of the way"}},
+        )
+        parts.append(figure)
+    return [*parts, f"<table><tr><th>k</th>{heads}</tr>{rows}</table>"]
 
 
 def _weights(weights: Sequence[Figures]) -> list[Any]:

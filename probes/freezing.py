@@ -15,6 +15,7 @@ has the learning rate that is best on validation for it. Intervals are over test
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -316,7 +317,10 @@ class _Trials:
             validation = outcome.best[1][objective.score_name]
             found = objective.evaluate(model, self.split, config.dtype)
         if not self.quiet:
-            print(f"{k} blocks, lr {lr:.3g}, seed {seed}: {validation:.4f} on validation", flush=True)
+            told = (
+                f"{k} blocks, lr {lr:.3g}, seed {seed}: {objective.score_name} {validation:.4f} on validation"
+            )
+            print(told, file=sys.stderr, flush=True)
         return {
             "validation": validation,
             "values": found[objective.judged_by.of].tolist(),

@@ -31,14 +31,33 @@ from steerkit.cli.common import (
 )
 from steerkit.cli.settings import build, merge
 from steerkit.errors import InputError
+from steerkit.finetuning import FinetuneConfig
 from steerkit.loading import ADAPTER_RECORD
 from steerkit.runs import Run, make_provenance, read_json
 
 if TYPE_CHECKING:
+    from probes.freezing import FreezingSweep
     from sae.training import SAERun
     from steerkit.models import HookedModel
 
 TASK_EXAMPLES = 80
+
+
+@dataclass(frozen=True)
+class Freezing:
+    """What the base is trained on again, with fewer and fewer blocks frozen."""
+
+    data: str | None = None
+    """What `adapt train --data` takes; None: no freezing sweep."""
+    label_column: str = "label"
+    groups: str | None = None
+    n_train: int = 600
+    n_test: int = 200
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    extend: int = 1
+    """Rates that are tried beyond the grid, at most, where the best is at its edge."""
+    seeds: int = 1
+    training: FinetuneConfig = field(default_factory=FinetuneConfig)
 
 
 @dataclass(frozen=True)
@@ -57,6 +76,7 @@ class Compare:
     device: str | None = None
     dtype: str | None = None
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
+    freezing: Freezing = field(default_factory=Freezing)
 
 
 def compare(
@@ -87,6 +107,13 @@ def compare(
         float | None, typer.Option("--strength", "-x", help="Of a steering file. [1]")
     ] = None,
     text_column: TextColumn = None,
+    freezing: Annotated[
+        str | None,
+        typer.Option(
+            "--freezing",
+            help="Train BASE again, none to all of its blocks, on what `adapt train --data` takes. Minutes.",
+        ),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="At most 200 texts, fewer permutations and penalties.")
     ] = False,
@@ -112,6 +139,7 @@ def compare(
         "strength": strength,
         "device": device,
         "dtype": dtype,
+        "freezing.data": freezing,
         "comparison.texts": texts,
         "comparison.seed": seed,
     }
@@ -176,11 +204,40 @@ def _models(settings: Compare, out: Path, resume: bool, quiet: bool) -> str:
         scores=scores,
         config=settings.comparison,
         text_column=settings.text_column,
+        freezing=_freezing(base, settings.freezing, run.path, quiet),
         out=run.path,
         quiet=quiet,
         **around,
     )
     return repr(found)
+
+
+def _freezing(base: HookedModel, settings: Freezing, out: Path, quiet: bool) -> FreezingSweep | None:
+    """The sweep, whose trainings are kept beside the report."""
+    if settings.data is None:
+        return None
+    from probes.freezing import freezing_sweep
+    from steerkit.adapters.tasks import make_task
+
+    task = make_task(
+        base,
+        settings.data,
+        label_column=settings.label_column,
+        groups=settings.groups,
+        n_train=settings.n_train,
+        n_test=settings.n_test,
+    )
+    return freezing_sweep(
+        base,
+        task.objective,
+        settings.training,
+        learning_rates=settings.learning_rates,
+        seeds=range(settings.seeds),
+        extend=settings.extend,
+        out=out / "freezing",
+        resume=True,
+        quiet=quiet,
+    )
 
 
 def _load(source: str, settings: Compare) -> HookedModel:
@@ -221,7 +278,7 @@ def _scores(base: HookedModel, settings: Compare) -> dict[str, Any]:
         )
     if not _reads_stories(base):
         raise InputError(f"--task {named}: {base.name} does not read StoryWorld's words as tokens.")
-    task = storyworld_task(base, variant, n_train=1, n_test=TASK_EXAMPLES)
+    task = storyworld_task(base, variant, n_train=1, n_test=TASK_EXAMPLES, shifted=False)
     name = f"share of {task.metric}" if variant == "liars" else f"{task.metric} on {named}"
     return {name: lambda model: task.measure(model)["test"]}
 

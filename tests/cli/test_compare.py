@@ -51,6 +51,17 @@ def test_an_adapter_and_its_base(adapter, tmp_path):
     assert again == found
 
 
+def test_a_freezing_sweep_is_made_on_demand(adapter, tmp_path):
+    given = {"n_train": 10, "n_test": 5, "learning_rates": "[1e-4]", "extend": 0}
+    small = [part for key, value in given.items() for part in ("--set", f"freezing.{key}={value}")]
+    found, _ = steerkit(
+        "compare", "storyworld", adapter, "--task", "none", "--freezing", "storyworld:sad", *SMALL, *small,
+        "--set", "comparison.rollback=false", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert [row["k"] for row in found["freezing"]["results"]] == [0, 1, 2, 3, 4]
+    assert len(list((tmp_path / "run" / "freezing" / "trainings").iterdir())) == 4
+
+
 def test_a_steering_file_acts_on_the_base(tmp_path):
     path = tmp_path / "v.safetensors"
     SteeringVector.add({"blocks.1.hook_resid_post": torch.ones(128)}).save(path)

@@ -15,11 +15,13 @@ from probes.comparison import ComparisonConfig, compare
 from probes.comparison_report import findings, holm
 from probes.data import LabelledData
 from probes.dictionaries import compare_dictionaries
+from probes.freezing import freezing_sweep
 from probes.similarity import SimilarityWarning
 from sae.architectures import TopK
 from steerkit import adapters, storyworld
 from steerkit.errors import InputError, NumericsError
 from steerkit.models import HookedModel
+from steerkit.objectives import LanguageModelling
 
 STORIES260K = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
 SMALL = ComparisonConfig(
@@ -241,7 +243,9 @@ def test_words_claim_only_what_intervals_support():
         return own | {"cka_null": {"high": 0.5}, "drift": {"relative_change": relative}}
 
     def told(**figures):
-        return "\n".join(findings({"scores": {}, "probes": {}, "rollback": {}, "weights": [], **figures}))
+        return "\n".join(
+            findings({"scores": {}, "probes": {}, "rollback": {}, "freezing": None, "weights": [], **figures})
+        )
 
     apart = [layer(0, (0.8, 0.85, 0.9), (0.1, 0.2, 0.3)), layer(1, (0.3, 0.4, 0.6), (0.4, 0.5, 0.6))]
     assert "rose" in told(scores={"x": score(0.05, 0.15)}, layers=apart)
@@ -253,6 +257,35 @@ def test_words_claim_only_what_intervals_support():
     said = told(layers=near)
     assert "block 0 cannot be told from it" in said
     assert "no layer is less alike than another" in said
+
+
+def test_freezing_is_told_only_where_training_all_blocks_is_better():
+    def sweep(gain_low, *ways):
+        results = [
+            {"k": k, "normalised": {"estimate": way, "low": way - 0.1, "high": way + 0.1}}
+            for k, way in enumerate(ways)
+        ]
+        gain = {"estimate": gain_low + 0.1, "low": gain_low, "high": gain_low + 0.2}
+        return {"side": "top", "score_name": "accuracy", "gain": gain, "results": results}
+
+    def told(found):
+        layer = {"layer": 0, "cka": 1.0, "cka_ci": [0.9, 1.1], "cka_null": None, "drift": None}
+        figures = {"scores": {}, "probes": {}, "rollback": {}, "weights": [], "layers": [layer]}
+        return findings({**figures, "freezing": found})[-1]
+
+    said = told(sweep(0.1, 0.0, 0.95, 1.0, 1.0))
+    assert "takes the top 1 (0.95 [0.85, 1.05]), and beyond doubt the top 2 (1.00 [0.90, 1.10])." in said
+    assert "takes all 2, and beyond doubt all 2." in told(sweep(0.1, 0.0, 0.5, 1.0))
+    assert "cannot be told to be better" in told(sweep(-0.1, 0.0, 0.95, 1.0))
+
+
+def test_a_freezing_sweep_stands_beside_rollback(base, tmp_path):
+    objective = LanguageModelling(base, TEXTS[:8], TEXTS[8:10], TEXTS[10:], context=32)
+    sweep = freezing_sweep(base, objective, counts=(), learning_rates=(1e-4,))
+    found = compare(base, base, TEXTS, labels=[], config=SMALL, freezing=sweep, out=tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["freezing"]["results"][1]["k"] == 4
+    assert found.findings[-2].startswith("Freezing: ") or found.findings[-1].startswith("Freezing: ")
+    assert "<h2>Freezing</h2>" in (tmp_path / "report.html").read_text()
 
 
 # dictionaries
