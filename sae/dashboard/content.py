@@ -15,7 +15,7 @@ from sae.architectures.base import SAE
 from sae.dashboard.describe import Describer
 from sae.dashboard.layout import layout
 from sae.dashboard.pieces import readable_tokens, shown_tokens, token_style
-from sae.latents import LatentStats
+from sae.latents import WINDOW, LatentStats
 from steerkit.models import HookedModel
 from steerkit.runs import jsonable
 
@@ -45,6 +45,9 @@ class Content:
         texts = shown_tokens(model.tokenizer, range(model.d_vocab))
         self.directions = directions
         self.words = Describer(stats, texts, model.special_ids, directions)
+        active = stats.example_window > 0
+        self.first, self.end = active.argmax(1), active.shape[1] - active[:, ::-1].argmax(1)
+        """Of each context: the window's first active token, and the one after its last; the strongest is always active."""
         self.head: dict[str, Any] = {}
         self.table: dict[str, list[Any]] = {}
         """Further columns of the table of latents."""
@@ -162,16 +165,14 @@ class Content:
     def _example(self, k: int) -> list[Any]:
         """[interval, row, position, activation, offset of the window's first active token, activations in hex]"""
         stats = self.stats
-        window = stats.example_window[k]
-        active = np.flatnonzero(window)
-        first, end = (int(active[0]), int(active[-1]) + 1) if len(active) else (len(window) // 2, 0)
+        first = int(self.first[k])
         return [
             int(stats.example_interval[k]),
             self._row(int(stats.example_row[k])),
             int(stats.example_position[k]),
             short(stats.example_activation[k]),
-            first - len(window) // 2,
-            window[first:end].tobytes().hex(),
+            first - WINDOW,
+            stats.example_window[k, first : int(self.end[k])].tobytes().hex(),
         ]
 
     def _row(self, row: int) -> int:
