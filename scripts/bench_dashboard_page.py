@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import re
@@ -255,8 +256,10 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        busy = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
         print(
-            f"{date.today()}, {platform.machine()}, Chromium {browser.version}, {arguments.rounds} rounds, milliseconds"
+            f"{date.today()}, {platform.machine()}, {busy}, Chromium {browser.version}, "
+            f"{arguments.rounds} rounds, milliseconds"
         )
         if arguments.dashboard:
             pages = {arguments.dashboard.name: arguments.dashboard / "index.html"}

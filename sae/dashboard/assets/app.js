@@ -18,6 +18,7 @@ function route() {
     else paint();
     // Text first: drawing takes longer than all the rest. And not while hidden: then nothing has a width.
     requestAnimationFrame(() => setTimeout(drawDensity));
+    setTimeout(() => loadTexts().catch(() => {}), 200);
     return;
   }
   const name = Number.isInteger(id) ? titleOf(id) : capital(ONE) + " " + parts.get("latent");
