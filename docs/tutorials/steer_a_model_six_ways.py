@@ -33,7 +33,7 @@ print("-", pairs[0].negative)
 vector = steering.fit(model, pairs, method="mean_diff", site=SITE)
 for strength in (-8.0, 0.0, 8.0):
     with model.steer(vector, strength=strength):
-        print(f"{strength:+.0f}: {model.generate('Anna is a', max_new_tokens=40, do_sample=False)}")
+        print(f"{strength:+.0f}: Anna is a {model.generate('Anna is a', max_new_tokens=40, do_sample=False)}")
 
 # %% [markdown]
 # A vector is a value: `2 * vector`, `vector + other`, `vector.save(path)`. `Where` says which tokens it acts on, the same
@@ -59,6 +59,9 @@ for tokens, where in (
 print(f"{'unsteered':<10} happy {bench.base.effect}")
 
 # %% [markdown]
+# In the run that is shown, steering the prompt alone does as much as steering every token, for a tenth of the nats: the mood
+# is decided there, and what is added to generated tokens is spent on something else.
+#
 # ## Six ways at one price
 #
 # The sweep fits each method, looks on a third of the prompts for the strength at which it costs `TARGET` nats a sequence, and
@@ -117,10 +120,12 @@ print(pd.DataFrame(rows).sort_values("happy", ascending=False).round(3).to_strin
 print(f"unsteered: {found.base['effect']:.3f}")
 
 # %% [markdown]
-# How to read it. First look at the nulls: what lies within their intervals has not been shown to work. Then at the column KL:
-# the strength was sought on other prompts, so prices differ a little, and a method that could not reach `TARGET` has another.
-# What costs more should do more. Only then compare the methods, and only where the intervals come apart: with so few prompts
-# they are wide.
+# How to read it. First look at the nulls: what lies within their intervals has not been shown to work, and they also show
+# that almost three nats of nothing in particular leave the base rate as it was. Then at the column KL: the strength was
+# sought on other prompts, so prices differ a little; what costs more should do more. Only then compare the methods, and only
+# where the intervals come apart: with so few prompts they are wide. Fine-tuning both ways and subtracting does what the
+# instruction does; boosting the logits of the pairs' own words gets as far as most directions that were learned from
+# activations, which is why that baseline belongs into the table.
 #
 # ## Where to go on
 #

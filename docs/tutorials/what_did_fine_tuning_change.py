@@ -71,14 +71,18 @@ print(pd.DataFrame(rows).to_string(index=False))
 print(f"honesty: most frequent class {honesty.majority}, exact posterior {honesty.ceiling}")
 
 # %% [markdown]
-# - **CKA** is 1 for a representation that is the same up to rotation and scale. The null pairs texts at random. Near 1 is the
-#   usual finding, also where behaviour has turned round: most of what a layer represents has nothing to do with lying.
-# - **Moved** is how long the change of the activations is relative to the activations. It tends to grow from layer to layer,
-#   as a later layer has the changes of all earlier ones in it. It does not say which layer's *weights* caused it.
-# - **Rolled back** does: the base's weights in that one block, all others tuned. A large negative number says that this
-#   block's change was needed. Intervals are paired, by example.
-# - The **probe** reads whether the story has said that its character lies. Its ceiling is below 1, because not every story
-#   has said it yet.
+# - **CKA** is 1 for a representation that is the same up to rotation and scale. The null pairs texts at random. The models
+#   are still much alike everywhere, although behaviour has turned round: most of what a layer represents has nothing to do
+#   with lying.
+# - **Moved** is how long the change of the activations is relative to the activations. A later layer has the changes of all
+#   earlier ones in it, so this does not say which layer's *weights* caused it.
+# - **Rolled back** does: the base's weights in that one block, all others tuned; intervals are paired, by example. No block
+#   alone carries the lies: the most that one takes away is a tenth, while all together take away everything. Whoever looks
+#   for “the layer that lies” finds block 1, and should look at the size of that number.
+# - The **probe** reads whether the character of the story lies, at tokens drawn at random. It is at the frequency of the
+#   commoner class before and after: no line through the residual stream tells it there, although the text does (the exact
+#   posterior). So this column can show no change, whatever the training did. Without the baseline it would have looked like
+#   “70 % accuracy in every layer”.
 #
 # ## How much of the change is needed?
 #

@@ -100,11 +100,8 @@ run = sae.train(
     quiet=True,
 )
 print(run)
-print(
-    run.summary["tokens_per_second"],
-    "tokens a second;",
-    f"{run.summary['peak_memory_mb']:,.0f} MB at the peak",
-)
+speed, memory = run.summary["tokens_per_second"]["total"], run.summary["peak_memory_mb"]
+print(f"{speed:,.0f} tokens a second, {memory:,.0f} MB at the peak")
 
 # %% [markdown]
 # The weights are in `runs/mine/sae_weights.safetensors`, in SAELens's layout, whichever machine they were made on: load them
