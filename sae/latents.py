@@ -182,6 +182,13 @@ class LatentStats:
         """The token ids of a row."""
         return self.row_tokens[self.row_start[index] : self.row_start[index + 1]]
 
+    def __repr__(self) -> str:
+        silent = int((self.count == 0).sum())
+        return (
+            f"LatentStats({self.d_sae:,} latents at {self.info['site']!r} of {self.info['model']!r}, {silent:,} of them silent "
+            f"on {self.n_tokens:,} tokens of {self.info['documents']!r})"
+        )
+
     def save(self, path: str | Path) -> None:
         """Write `latents.safetensors` and `latents.json` into the directory `path`."""
         from safetensors.numpy import save

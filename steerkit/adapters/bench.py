@@ -83,6 +83,18 @@ class BenchResult:
     runs: list[dict[str, Any]]
     """Every run, those of the search too."""
 
+    def __repr__(self) -> str:
+        task, before = self.config["task"], self.base["scores"]["test"]
+        lines = [f"{task['metric']} on {task['name']} of {self.config['model']}: {before:.4g} as it is"]
+        for row in self.rows:
+            ends = "" if row["metric_ci"] is None else " [{:.4g}, {:.4g}]".format(*row["metric_ci"])
+            lines.append(
+                f"  {row['method']:<24}{row['trainable_params']:>10,}  {row['metric_mean']:.4g}{ends}"
+            )
+        return "\n".join(
+            [*lines, *(f"  left out: {left['method']}, {left['reason']}" for left in self.skipped)]
+        )
+
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
     """('svft', {'pattern': 'plain'}) from `svft(pattern=plain)`. Raises InputError for what does not exist."""

@@ -129,6 +129,16 @@ class SweepResult:
     """On test, at about the middle target: one method's {site, positions, schedule, …}."""
     config: dict[str, Any]
 
+    def __repr__(self) -> str:
+        lines = [f"Steering, unsteered {_figure(self.base['effect'])}; the best of each method, on test:"]
+        for name, record in self.best.items():
+            told = record.get("reason") or record.get("destroyed") or "no effect is known"
+            if record.get("effect") is not None:
+                ends = ", ".join(map(_figure, record["effect_ci"]))
+                told = f"{_figure(record['effect'])} [{ends}] at {_figure(record['kl'])} nats"
+            lines.append(f"  {name:<24}{told}")
+        return "\n".join(lines)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -421,6 +431,10 @@ class _Sweep:
         study = [_without_part(record) for record in self.study.values()]
         shown = {**base.to_dict(), "texts": self._shown(base)}
         return SweepResult(parts["test"], best, parts["validation"], shown, study, self.run.config)
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 def _without_part(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,9 @@ def test_it_leaves_the_model_alone_and_reports_what_was_run(model, task, tmp_pat
     assert again.rows == result.rows
     page = write_report(result, tmp_path / "report.html").read_text()
     assert "lora(rank=2)" in page
+    told = repr(result).splitlines()
+    assert [line.split()[0] for line in told[1:]] == ["lora(rank=2)", "full"]
+    assert f"{lora['metric_mean']:.4g} [" in told[1]
 
 
 def test_a_method_that_does_not_fit_is_left_out_with_the_reason(task, tmp_path):
@@ -91,6 +94,7 @@ def test_a_method_that_does_not_fit_is_left_out_with_the_reason(task, tmp_path):
     result = bench(model, task, config)
     assert [row["method"] for row in result.rows] == ["ia3"]
     assert "no biases" in result.skipped[0]["reason"]
+    assert "left out: bitfit" in repr(result)
     assert "no biases" in write_report(result, tmp_path / "report.html").read_text()
     with pytest.raises(InputError, match="No method is left"):
         bench(model, task, BenchConfig(methods=("bitfit",)))

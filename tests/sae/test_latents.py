@@ -98,6 +98,14 @@ def test_counts_maxima_and_means(stats, truth):
     assert (stats.count[90:] == 0).all()
 
 
+def test_it_is_told_in_a_line(stats, truth):
+    told = repr(stats)
+    assert "\n" not in told
+    assert len(told) < 250
+    assert f"{len(stats.count)} latents" in told
+    assert f"{(stats.count == 0).sum()} of them silent" in told
+
+
 def test_histogram_counts_every_active_token_in_its_bin(stats, truth):
     np.testing.assert_array_equal(stats.histogram.sum(1), stats.count)
     values = np.concatenate(truth[1])

@@ -73,6 +73,15 @@ def test_every_method_is_told_on_test_at_about_the_divergences_asked(done):
     assert result.best["prompting"]["effect"] > result.base["effect"] + 0.3
 
 
+def test_it_is_told_in_a_few_lines(done):
+    _, result = done
+    first, *lines = repr(result).splitlines()
+    assert "unsteered" in first
+    assert [line.split()[0] for line in lines] == [name.split()[0] for name in result.best]
+    assert f"{result.best['mean_diff']['effect']:.3g} [" in repr(result)
+    assert all(len(line) < 200 for line in lines)
+
+
 def test_the_best_is_the_best_of_validation_within_the_budgets(done):
     _, result = done
     best = result.best["mean_diff"]
