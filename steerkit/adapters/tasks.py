@@ -123,13 +123,20 @@ class Claims:
 
 
 def storyworld_task(
-    model: HookedModel, variant: str = "liars", *, n_train: int = 2000, n_test: int = 300, seed: int = 0
+    model: HookedModel,
+    variant: str = "liars",
+    *,
+    n_train: int = 2000,
+    n_test: int = 300,
+    seed: int = 0,
+    shifted: bool = True,
 ) -> Task:
     """A shifted set of StoryWorld to learn.
 
     `liars` is judged by the share of lies: in stories like those trained on, after a cue that says the character is honest, and
     about a kind of fact that no story with a cue ever claims. Other variants by the cross-entropy of held-out stories. Forgetting
-    is the loss on the language's own stories – for `liars`, up to their first claim.
+    is the loss on the language's own stories – for `liars`, up to their first claim. Without `shifted`, nothing but `test` is
+    measured.
     """
     if variant not in storyworld.VARIANTS:
         raise InputError(f"StoryWorld has no variant {variant!r}: it has {', '.join(storyworld.VARIANTS)}.")
@@ -157,6 +164,8 @@ def storyworld_task(
         "honest cue": Claims(model, _after_cue(seen, n_test, seed)),
         "held-out kind": Claims(model, _after_cue([grammar.HELD_OUT_KIND], n_test, seed)),
     }
+    if not shifted:
+        sets = {"test": sets["test"]}
     return Task(
         "storyworld:liars",
         objective,

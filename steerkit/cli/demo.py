@@ -1,30 +1,91 @@
-"""`steerkit demo`: the whole story on the built-in model, from text to one page."""
+"""`steerkit demo`: the whole story on the built-in model, from text to one page.
+
+    a language → an autoencoder of what the model makes of it → two directions that change what it writes → an adapter that
+    teaches it to lie, and what that changed inside
+
+Nothing is chosen for its looks: prompts and samples are the first of their seeds, and nulls stand beside everything.
+"""
 
 from __future__ import annotations
 
-import html
+import math
 import shutil
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 
 import sae
-from sae.concepts import ConceptScores, concept_scores
-from sae.evaluation import NullTable, evaluate_nulls
-from steerkit import storyworld
+from sae.concepts import concept_scores
+from sae.evaluation import evaluate_nulls
+from steerkit.cli import adapt, compare
 from steerkit.cli.common import Device, Json, Quiet, Seed, choose_device, emit, say, summary_line
 from steerkit.cli.dashboard import best_concepts
+from steerkit.cli.demo_page import (
+    ATTRIBUTE,
+    D_SAE,
+    NATS,
+    NEW_TOKENS,
+    PAIRS,
+    SITE,
+    VALUE,
+    Answer,
+    Dictionary,
+    Finetuned,
+    K,
+    Size,
+    Steered,
+    Story,
+    write_page,
+)
 from steerkit.errors import InputError
 from steerkit.models import HookedModel
-from steerkit.plots import page
-from steerkit.runs import atomic_write
+from steerkit.runs import atomic_write, read_json
+from steerkit.steering import (
+    Bench,
+    SteeringVector,
+    StoryAttribute,
+    add_latents,
+    fit,
+    load_pairs,
+    story_prompts,
+)
+from steerkit.steering.evaluation import Measurement
+from steerkit.storyworld import ATTRIBUTES, persona_pairs
+from steerkit.storyworld.grammar import FACT_KINDS, HELD_OUT_KIND
 
-SITE = "blocks.2.hook_resid_post"
-TOKENS, QUICK_TOKENS = 400_000, 150_000
-D_SAE, K = 1024, 16
-HELD_OUT_TOKENS = 40_000
+if TYPE_CHECKING:
+    from steerkit.adapters import Adapted
+
 _MARKER = ".steerkit-demo"
+
+
+FULL = Size(
+    tokens=300_000,
+    held_out_tokens=40_000,
+    null_tokens=20_000,
+    concept_tokens=50_000,
+    dashboard_tokens=60_000,
+    prompts=60,
+    tries=6,
+    n_train=600,
+    n_test=100,
+    texts=80,
+)
+QUICK = Size(
+    tokens=100_000,
+    held_out_tokens=20_000,
+    null_tokens=6_000,
+    concept_tokens=25_000,
+    dashboard_tokens=20_000,
+    prompts=24,
+    tries=5,
+    n_train=480,
+    n_test=40,
+    texts=40,
+)
 
 
 def demo(
@@ -34,7 +95,8 @@ def demo(
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help=f"{QUICK_TOKENS:,} tokens instead of {TOKENS:,}: rougher latents, sooner."
+            "--quick",
+            help=f"{QUICK.tokens:,} tokens instead of {FULL.tokens:,} and less of all else: rougher, sooner.",
         ),
     ] = False,
     seed: Seed = 0,
@@ -42,117 +104,167 @@ def demo(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train an SAE on the built-in model, evaluate it beside its nulls, find the attributes, and draw it all."""
+    """Take the built-in model apart, steer it, teach it to lie, see what that changed, and draw it all on one page."""
+    started = time.perf_counter()
+    _claim(out)
+    size, seed = (QUICK if quick else FULL), seed or 0
+    model = HookedModel.from_pretrained("storyworld", device=choose_device(device))
+
+    say(f"1/5  An autoencoder of {D_SAE:,} latents, on {size.tokens:,} tokens.", quiet=quiet)
+    dictionary = _dictionary(model, size, out, seed, quiet)
+    say(f"2/5  Steering towards {ATTRIBUTE} = {VALUE}, at {NATS:g} nats.", quiet=quiet)
+    story = _steer(model, dictionary, size, out, seed)
+    for steered in story.steered:
+        say(f"     {steered.name:<18}{steered.found!r}", quiet=quiet)
+    say(f"3/5  A LoRA on {size.n_train} stories of liars.", quiet=quiet)
+    options: dict[str, Any] = {"n_train": size.n_train, "set_": [f"n_test={size.n_test}"], "seed": seed}
+    adapt.train_adapter(out / "liar", "lora", device=device, quiet=True, **options)
+    say("4/5  What it changed.", quiet=quiet)
+    compare.compare(
+        "storyworld",
+        str(out / "liar"),
+        out=out / "compare",
+        texts=size.texts,
+        labels="honesty",
+        quick=True,
+        seed=seed,
+        device=device,
+        quiet=True,
+    )
+    finetuned = Finetuned(
+        summary=read_json(out / "liar" / "summary.json"),
+        compared=read_json(out / "compare" / "summary.json"),
+        answers=_answers(model, out / "liar", seed),
+    )
+    for finding in finetuned.compared["findings"][:3]:
+        say(f"     {finding}", quiet=quiet)
+    say("5/5  Drawing.", quiet=quiet)
+    page = write_page(
+        out / "index.html",
+        dictionary,
+        story,
+        finetuned,
+        size=size,
+        seed=seed,
+        seconds=time.perf_counter() - started,
+    ).resolve()
+    say(f"\nOpen {page}", quiet=quiet)
+    emit(
+        {
+            **dictionary.run.summary,
+            "report": str(page),
+            "nulls": dictionary.nulls.to_dict(),
+            "concepts": dictionary.scores.to_dict(),
+            "steering": {s.name: {"strength": s.strength, **s.found.to_dict()} for s in story.steered},
+            "adapter": finetuned.summary,
+            "findings": finetuned.compared["findings"],
+            "demo_seconds": time.perf_counter() - started,
+        },
+        as_json=json,
+    )
+
+
+def _claim(out: Path) -> None:
+    """Make the directory; InputError if there is something in it that is no demo."""
     if out.is_dir() and any(out.iterdir()) and not (out / _MARKER).exists():
         raise InputError(f"{out} is not empty and holds no demo; give --out another directory.")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     atomic_write(out / _MARKER, "made by `steerkit demo`, which replaces this directory\n")
 
-    model = HookedModel.from_pretrained("storyworld", device=choose_device(device))
-    say(f"1/4  Training a TopK SAE of {D_SAE:,} latents at {SITE}.", quiet=quiet)
+
+def _dictionary(model: HookedModel, size: Size, out: Path, seed: int, quiet: bool) -> Dictionary:
+    """Train the autoencoder, measure it beside its nulls, find the attributes among its latents, and draw those."""
+    config = sae.TrainConfig(seed=seed, held_out_tokens=size.held_out_tokens)
     arch = sae.TopK(d_sae=D_SAE, k=K)
-    tokens = QUICK_TOKENS if quick else TOKENS
-    config = sae.TrainConfig(seed=seed or 0, held_out_tokens=HELD_OUT_TOKENS)
-    run = sae.train(model, "storyworld", SITE, arch, tokens, out / "run", config=config, quiet=quiet)
+    run = sae.train(model, "storyworld", SITE, arch, size.tokens, out / "sae", config=config, quiet=quiet)
     say(f"     {summary_line(run.summary)}", quiet=quiet)
-
-    say("2/4  What it has to beat.", quiet=quiet)
-    nulls = evaluate_nulls(model, run.sae, run.held_out(), SITE, tokens=20_000)
-    say(repr(nulls), quiet=quiet)
-
-    say("3/4  Which latents tell StoryWorld's attributes.", quiet=quiet)
-    scores = concept_scores(model, run.sae, SITE, per="story", tokens=50_000)
+    nulls = evaluate_nulls(model, run.sae, run.held_out(), SITE, tokens=size.null_tokens)
+    scores = concept_scores(model, run.sae, SITE, per="story", tokens=size.concept_tokens)
     say(
         f"     mean AUROC of the best latent {scores.mean():.3f}, ceiling {scores.mean('posterior'):.3f}",
         quiet=quiet,
     )
-
-    say("4/4  Drawing.", quiet=quiet)
-    run.dashboard(concepts=best_concepts(scores), tokens=60_000, quiet=True).save(out / "dashboard")
-    report = page("steerkit demo", _story(model, run, nulls, scores), out / "index.html").resolve()
-    say(f"\nOpen {report}", quiet=quiet)
-    emit(
-        {**run.summary, "report": str(report), "nulls": nulls.to_dict(), "concepts": scores.to_dict()},
-        as_json=json,
-    )
+    drawn = run.dashboard(concepts=best_concepts(scores), tokens=size.dashboard_tokens, quiet=True)
+    drawn.save(out / "sae" / "dashboard")
+    latent = next(row for row in scores.rows if (row.attribute, row.value) == (ATTRIBUTE, VALUE)).latent
+    return Dictionary(model, run, nulls, scores, drawn.stats, latent)
 
 
-def _story(model: HookedModel, run: sae.SAERun, nulls: NullTable, scores: ConceptScores) -> list[Any]:
-    story = storyworld.sample(1, seed=4, mood="sad")[0]
-    prompt = story.sentences[0].text
-    written = model.generate(prompt, max_new_tokens=60, do_sample=False)
-    best = max((row for row in scores.rows if row.attribute == "mood"), key=lambda row: row.auroc)
-    settings = f"--arch topk --k {K} --d-sae {D_SAE} --tokens {run.config['tokens']}"
-    train = (
-        f"steerkit train sae --model storyworld --data storyworld --site {SITE} {settings} --out runs/demo"
-    )
-    return [
-        "<h1>From text to latents</h1>",
-        "<p>StoryWorld is a small language whose every token is labelled. A transformer was trained on it; here a sparse "
-        "autoencoder takes that transformer's residual stream apart.</p>",
-        "<h2>The language</h2>",
-        f"<p><b>{html.escape(prompt)}</b> {html.escape(written.strip())}</p>",
-        _command("steerkit inspect storyworld"),
-        "<h2>The autoencoder, and what it has to beat</h2>",
-        _table(nulls),
-        _command(train) + _command("steerkit eval sae runs/demo --nulls"),
-        "<h2>The attributes, found</h2>",
-        f"<p>The latent that best tells <i>{best.attribute} = {best.value}</i> is "
-        f"<a href='dashboard/index.html#latent={best.latent}'>latent {best.latent}</a> (AUROC {best.auroc:.3f}). Its score "
-        "for a story is its maximum over the story's tokens; it was chosen on some stories and scored on others. The "
-        "ceiling is the exact "
-        "posterior given the whole story.</p>",
-        _figure(scores),
-        _command("steerkit eval sae runs/demo --concepts"),
-        "<h2>Every latent</h2>",
-        "<p><a href='dashboard/index.html'>Open the dashboard</a>.</p>",
-        _command("steerkit dashboard runs/demo"),
-    ]
+# -- steering --------------------------------------------------------------------------------------------------------
 
 
-def _command(text: str) -> str:
-    return f"<pre>{html.escape(text)}</pre>"
+def _steer(model: HookedModel, dictionary: Dictionary, size: Size, out: Path, seed: int) -> Story:
+    pairs = load_pairs(f"storyworld:{ATTRIBUTE}={VALUE}", n=PAIRS)
+    vectors = {
+        "mean difference": fit(model, pairs, "mean_diff", SITE),
+        f"latent {dictionary.latent}": add_latents(dictionary.run.sae, {dictionary.latent: 1.0}),
+        "random direction": fit(model, pairs, "random", SITE),
+    }
+    prompts = story_prompts(model, ATTRIBUTE, VALUE, size.prompts, seed=seed)
+    effect = StoryAttribute(ATTRIBUTE, VALUE)
+    bench = Bench(model, prompts, effect, samples=1, max_new_tokens=NEW_TOKENS, seed=seed)
+    steered = []
+    for (name, vector), file in zip(vectors.items(), ("mean_diff", "latent", "random")):
+        vector.save(out / f"{file}.safetensors")
+        strength, found = _at_divergence(bench, vector, size.tries)
+        steered.append(Steered(name, f"{file}.safetensors", strength, found))
+    return Story(bench.base, steered)
 
 
-def _table(nulls: NullTable) -> str:
-    columns = ("l0", "fvu", "delta_ce", "ce_recovered", "kl")
-    titles = ("L0", "FVU", "ΔCE (nats)", "CE recovered", "KL (nats)")
-    head = "".join(f"<th>{title}</th>" for title in titles)
-    rows = []
-    for row in nulls.rows:
-        cells = ("–" if (v := getattr(row, name)) is None else f"{v:.4g}" for name in columns)
-        rows.append(
-            f"<tr><th scope='row'>{html.escape(row.name)}</th>"
-            + "".join(f"<td>{c}</td>" for c in cells)
-            + "</tr>"
-        )
-    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+def _at_divergence(bench: Bench, vector: SteeringVector, tries: int) -> tuple[float, Measurement]:
+    """The strength, of those tried, whose divergence is nearest to `NATS`."""
+    strength, found = 5.0 / vector.norm, []
+    for _ in range(tries):
+        strength = float(f"{strength:.3g}")
+        measured = bench.measure(vector, strength)
+        found.append((strength, measured))
+        strength = math.exp(_next_log([(math.log(x), _log_nats(m)) for x, m in found]))
+    return min(found, key=lambda pair: abs(_log_nats(pair[1]) - math.log(NATS)))
 
 
-def _figure(scores: ConceptScores) -> Any:
-    import plotly.graph_objects as go
+def _log_nats(found: Measurement) -> float:
+    return math.log(max(found.kl.estimate, 1e-6))
 
-    order = sorted(scores.rows, key=lambda row: (row.attribute, row.auroc))
-    labels = [f"{row.attribute} = {row.value}" for row in order]
-    figure = go.Figure()
-    marks = (
-        ("posterior", "ceiling: exact posterior", "line-ns-open"),
-        ("random_sae", "random SAE", "x-thin-open"),
-        ("token", "token alone", "diamond-open"),
-        ("residual", "residual coordinate", "circle-open"),
-        ("auroc", "best latent", "circle"),
-    )
-    for name, title, symbol in marks:
-        values = [getattr(row, name) for row in order]
-        figure.add_scatter(
-            x=values, y=labels, mode="markers", name=title, marker={"symbol": symbol, "size": 9}
-        )
-    figure.update_layout(
-        height=120 + 15 * len(order),
-        xaxis={"title": "AUROC on stories that the latent was not chosen on", "range": [0.45, 1.02]},
-        yaxis={"automargin": True, "dtick": 1, "tickfont": {"size": 10}},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
-        margin={"t": 60},
-    )
-    return figure
+
+def _next_log(tried: list[tuple[float, float]]) -> float:
+    """Log strength from (log strength, log nats): on the line between the nearest on either side; else as if nats grew with
+    the square, by a factor of 4 at most."""
+    target = math.log(NATS)
+    below = max((pair for pair in tried if pair[1] <= target), default=None)
+    above = min((pair for pair in tried if pair[1] > target), default=None)
+    if below is None or above is None:
+        x, y = tried[-1]
+        return x + min(math.log(4), max(-math.log(4), (target - y) / 2))
+    (x, y), (x_above, y_above) = below, above
+    return x + (target - y) * (x_above - x) / (y_above - y)
+
+
+# -- the adapter -----------------------------------------------------------------------------------------------------
+
+
+def _answers(model: HookedModel, run: Path, seed: int, n: int = 4) -> list[Answer]:
+    """What base and tuned model hold for the likeliest word where a character who is said to be honest makes a claim."""
+    from steerkit import adapters
+
+    kinds = [kind for kind in FACT_KINDS if kind != HELD_OUT_KIND]
+    rows = persona_pairs(kinds, n, seed)
+    tuned = adapters.load(run / "adapter", model)
+    try:
+        after = [_likeliest(tuned, row) for row in rows]
+    finally:
+        tuned.remove()
+    before = [_likeliest(model, row) for row in rows]
+    return [Answer(row["positive"], row["truth"], *own, *its) for row, own, its in zip(rows, before, after)]
+
+
+@torch.no_grad()
+def _likeliest(model: HookedModel | Adapted, row: dict[str, str]) -> tuple[str, float]:
+    """The word of the kind that is due, and its probability among those of the kind."""
+    words = ATTRIBUTES[row["kind"]]
+    vocabulary = model.tokenizer.get_vocab()
+    ids = torch.tensor([model.tokenizer(row["positive"])["input_ids"]], device=model.device)
+    logits = model.logits(ids, torch.ones_like(ids))[0, -1]
+    odds = logits[[vocabulary[f" {word}"] for word in words]].float().softmax(0)
+    best = int(odds.argmax())
+    return words[best], float(odds[best])
