@@ -6,13 +6,14 @@
 
 The text is 512 rows of 128 tokens from 2,000 words, the model a Llama with random weights (2 layers, d_model 128), the SAE one of
 ReLU latents in random directions of which about 16 are active a token; every living latent gets its page. Each measurement is a
-process on one thread; the clock starts when model and SAE are loaded and stops when the last file is written. `processor` is the
-processor's time, which other work on the machine disturbs less. `fixed` bytes are Plotly, script and style, the same for every
-dashboard; memory is the process's peak, and the peak before the clock started (libraries, model, SAE).
+process on one thread; the clock starts when libraries, model and SAE are loaded and stops when the last file is written.
+`processor` is the processor's time, which other work on the machine disturbs less. `fixed` bytes are Plotly, script and style, the
+same for every dashboard; memory is the process's peak, and the peak before the clock started.
 
 SAEDashboard runs on a TransformerLens model of the same sizes with random weights and the same SAE, read by sae-lens: gathering its
-data and writing the page (`save_feature_centric_vis`), alternating with ours in each round. PYTHON belongs to an environment with
-sae-dashboard 0.8. The last line is one JSON object.
+data and writing the page (`save_feature_centric_vis`), alternating with ours in each round. Its unembedding is large enough that
+no direction's effects on the logits are all below 0.3, where sae-dashboard 0.8 takes a megabyte a latent for the ticks of a
+histogram. PYTHON belongs to an environment with sae-dashboard 0.8. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -149,6 +150,8 @@ def prepare(data: Path, d_sae: int) -> None:
 
 
 def ours(data: Path, out: Path, panels: list[str]) -> dict[str, Any]:
+    import sklearn.manifold  # noqa: F401
+
     import sae
     from sae.dashboard import build
     from steerkit.data import load_documents
@@ -202,6 +205,7 @@ def sae_dashboard(data: Path, out: Path, panels: list[str]) -> dict[str, Any]:
         device="cpu",
     )
     model = HookedTransformer(config, tokenizer=tokenizer)
+    model.W_U.data.mul_(10)
     coder = SAE.load_from_disk(str(data / "sae"), device="cpu")
     tokens = torch.from_numpy(np.load(data / "tokens.npy"))
     start, clock, processor = peak_mb(), time.perf_counter(), time.process_time()

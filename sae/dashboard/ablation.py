@@ -72,7 +72,7 @@ def ablations(
     pairs = sorted(_pairs(stats, ids), key=lambda pair: (len(stats.row(pair.row)), pair.row))
     measure = _Measure(model, sae, stats)
     found: dict[int, Ablation] = {}
-    with progress(len(pairs), "Ablation", quiet=quiet) as bar:
+    with progress(len(pairs), "Ablation", "contexts", quiet=quiet) as bar:
         for batch in _batches(pairs, stats):
             for pair, (change, active) in zip(batch, measure(batch)):
                 mine = found.setdefault(pair.latent, Ablation())
