@@ -22,8 +22,8 @@ from jaxtyping import Bool, Int
 N_TOGETHER = 10
 PAIRS = 1 << 29
 """About how many pairs of active latents are counted, one token at a time: some seconds."""
-ENTRIES = 1 << 25
-"""About how many active latents are kept: 128 MB."""
+ENTRIES = 1 << 24
+"""About how many active latents are kept: 64 MB, and five times that while they are counted."""
 _BLOCK = 1 << 22
 """Largest block of AᵀA, in entries."""
 
@@ -65,7 +65,7 @@ class Cooccurrence:
         from scipy.sparse import csr_array
 
         latents = np.concatenate(self.latents) if self.latents else np.zeros(0, np.int32)
-        ends = np.cumsum(np.concatenate([[0], *self.sizes]), dtype=np.int64)
+        ends = np.cumsum(np.concatenate([[0], *self.sizes])).astype(np.int32)
         ones = np.ones(len(latents), dtype=np.int32)
         active = csr_array((ones, latents, ends), shape=(len(ends) - 1, self.d_sae))
         by_latent = active.tocsc()

@@ -39,6 +39,7 @@ class Describer:
         directions: bool = False,
     ) -> None:
         self.stats, self.texts, self.special, self.directions = stats, texts, special, directions
+        self.one_document = stats.one_document & (not stats.one_document[stats.count > 0].all())
         place = stats.row_start[stats.example_row] + stats.example_position
         first, last = stats.row_start[stats.example_row], stats.row_start[stats.example_row + 1] - 1
         self.before = np.where(place > first, stats.row_tokens[np.maximum(place - 1, first)], -1)
@@ -80,7 +81,7 @@ class Describer:
         found = []
         if 0 < count < _FEW_TOKENS:
             found.append("active on one token only" if count == 1 else f"active on {count} tokens only")
-        elif count and stats.one_document[latent]:
+        elif count and self.one_document[latent]:
             found.append("active in one document only")
         if self.directions:
             return found
