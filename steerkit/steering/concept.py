@@ -402,9 +402,9 @@ _TAKEN = (
 def _figures(record: Mapping[str, Any]) -> dict[str, Any]:
     """What is told of a measurement."""
     moved = {
-        name: max(0.0, found["tv"] - (found["null"] or 0.0))
+        name: max(0.0, found["tv"] - found["null"])
         for name, found in record["side_effects"].items()
-        if found["tv"] is not None
+        if None not in (found["tv"], found["null"], *found["tv_ci"])  # too few texts say something of it
     }
     judged = record["grammaticality_base"] is not None
     return {

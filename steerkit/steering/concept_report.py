@@ -94,7 +94,8 @@ def _detection_told(study: ConceptStudy) -> str:
         "what the method adds, of the mean over a side's tokens; the <i>latent</i>'s activation, likewise; <i>likelihood</i>, "
         "log p(text | changed model) − log p(text | base). Fluency: "
         f"{study.base['fluency_is']} ({study.base['fluency']:.3g} unsteered). Side effects: how far the other attributes' values "
-        "move (total variation, less what chance moves), mean over attributes. Parameters: numbers that the pairs decided.</p>"
+        "move (total variation, less what chance moves), mean over the attributes that enough texts tell. Parameters: numbers "
+        "that the pairs decided.</p>"
     )
 
 

@@ -74,6 +74,7 @@ SMALLER_PYTHON = [
     (r'"happy", 64\)', '"happy", 4)'),
     (r"texts=300, per_text=8", "texts=40, per_text=4, n_folds=2, Cs=(0.01,)"),
     (r"samples=4", "samples=1"),
+    (r"ConceptConfig\(seeds=3\)", "SMALL_CONCEPT"),
     (r"compare\(base, tuned, .*quick=True\)", "compare(base, tuned, 'storyworld', config=SMALL_COMPARISON)"),
     (
         r"judge\(model, run.sae, site\)",
@@ -230,6 +231,7 @@ def filled(line, values):
 
 BEFORE = {
     "comparing.md": ["train sae --out runs/sae_base", "train sae --out runs/sae_tuned"],
+    "concept.md": ["train sae --out runs/sae"],
     "dashboards.md": [
         "train sae --out runs/g",
         "steer extract --method mean_diff --out happy.safetensors",

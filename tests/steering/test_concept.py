@@ -12,7 +12,7 @@ from steerkit import HookedModel, steering
 from steerkit.errors import InputError
 from steerkit.finetune import log_probs
 from steerkit.stats import auroc
-from steerkit.steering.concept import ConceptConfig, _Detector, n_parameters
+from steerkit.steering.concept import ConceptConfig, _Detector, _figures, n_parameters
 from steerkit.steering.methods.learning import encode_pairs, sides_of
 from steerkit.steering.pairs import Pair, Pairs
 from steerkit.steering.reading import collect_pairs
@@ -159,6 +159,23 @@ def test_parameters_are_what_the_pairs_decide(model, pairs):
     assert n_parameters(reft) == 3 * (2 * width + 1)
     turned = steering.fit(model, few, method="antipasto", site=SITE, rank=4, epochs=1)
     assert n_parameters(turned) == len(turned.edits) * (4 * 4 + 4)
+
+
+def test_side_effects_are_of_attributes_that_enough_texts_tell():
+    record = dict.fromkeys(
+        ("strength", "effect", "effect_base", "effect_ci", "kl", "kl_ci", "perplexity_ratio"), 1.0
+    ) | {"grammaticality": 0.9, "grammaticality_base": 1.0}
+    record["side_effects"] = {
+        "tense": {"tv": 0.3, "tv_ci": [0.1, 0.5], "null": 0.1},
+        "place": {"tv": 0.1, "tv_ci": [0.0, 0.2], "null": 0.2},
+        "number": {"tv": 1.0, "tv_ci": [None, None], "null": None},
+        "object": {"tv": None, "tv_ci": [None, None], "null": None},
+    }
+    found = _figures(record)
+    assert found["side_effects"] == pytest.approx({"tense": 0.2, "place": 0.0})
+    assert found["side_effect"] == pytest.approx(0.1)
+    assert found["fluency"] == 0.9
+    assert _figures({**record, "grammaticality_base": None})["fluency"] == 1.0
 
 
 # divergence
