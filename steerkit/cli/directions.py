@@ -183,7 +183,8 @@ def _of_probes(path: Path, site: str | None) -> Directions:
     linear = {name: probe for name, probe in probes.items() if isinstance(probe, LinearProbe)}
     if not linear:
         raise InputError(f"{path} has no linear probe: only those have directions.")
-    chosen = _one_of(path, list(linear), site)
+    at_site = [name for name, probe in linear.items() if site is not None and probe.site == site]
+    chosen = _one_of(path, list(linear), at_site[0] if at_site else site)
     probe = linear[chosen]
     names: list[str | tuple[str, str]]
     if len(probe.weight) == 1:

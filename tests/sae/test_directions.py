@@ -126,6 +126,16 @@ def test_a_probe_of_tense_shows_words_of_each_tense(model, documents, tmp_path):
     assert {" was", " said"} <= set(readable_tokens(model.tokenizer, [token for token, *_ in words]))
 
 
+def test_a_probe_of_several_methods_is_found_by_its_site(model, tmp_path):
+    sites = ["hook_embed", "blocks.0.hook_resid_post"]
+    rows = read_rows(model, load_labelled("storyworld:tense", n_texts=20), sites)
+    fitted = fit_linear(rows.acts, rows.labels, groups=rows.groups)
+    named = {f"{method}:{site}": fitted[site] for method in ("logistic", "lda") for site in sites}
+    read = read_directions(save_probes(named, tmp_path / "probes.safetensors"), model, site=sites[1])
+    assert read.site == sites[1]
+    assert torch.equal(read.vectors[0], fitted[sites[1]].direction())
+
+
 @pytest.mark.parametrize("classes", [("a", "b"), ("a", "b", "c")])
 def test_a_probes_boundary_is_where_its_page_changes_sides(model, tmp_path, classes):
     generator = torch.Generator().manual_seed(1)
