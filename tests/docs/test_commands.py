@@ -233,6 +233,7 @@ BEFORE = {
     "comparing.md": ["train sae --out runs/sae_base", "train sae --out runs/sae_tuned"],
     "concept.md": ["train sae --out runs/sae"],
     "dashboards.md": [
+        "train sae --out runs/topk",
         "train sae --out runs/g",
         "steer extract --method mean_diff --out happy.safetensors",
         "probe --data storyworld:tense --sites blocks.2.hook_resid_post --out runs/p",
