@@ -132,6 +132,8 @@ class ConceptConfig:
         for name in ("n_pairs", "n_held_out", "seeds", "sae_tokens", "sae_latents"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it is at least 1.")
+        if not self.methods:
+            raise InputError("methods is empty: name at least one.")
         self.sweep_config(0, self.methods, {})
 
     def sweep_config(
@@ -241,12 +243,17 @@ def study_concept(
             f"{model.name} writes no text: a concept is steered in what a decoder-only model writes."
         )
     loaded = load_pairs(pairs)
-    splits = {seed: _split(loaded, config, seed) for seed in range(config.seed, config.seed + config.seeds)}
-    task = make_task(
-        model, loaded, effect=effect, prompts=prompts, n_prompts=config.n_prompts, seed=config.seed
-    )
+    seeds = range(config.seed, config.seed + config.seeds)
+    splits = {seed: _split(loaded, config, seed) for seed in seeds}
+    tasks = {
+        seed: make_task(model, loaded, effect=effect, prompts=prompts, n_prompts=config.n_prompts, seed=seed)
+        for seed in seeds
+    }
+    task = tasks[config.seed]
     if sae is not None:
         sae_and_site(str(sae), model)
+    elif config.methods == ("sae_latent",) and not speaks_storyworld(model):
+        raise InputError(f"There is no SAE of {model.name} whose latent could be told: give sae=… (--sae).")
     settings = {
         "model": model.name,
         "pairs": loaded.name,
@@ -270,15 +277,12 @@ def study_concept(
             given = {"sae_latent": {"sae": str(place)}}
     parts = []
     for seed, (train, held_out) in splits.items():
-        part = task if seed == config.seed else make_task(
-            model, loaded, effect=effect, prompts=prompts, n_prompts=config.n_prompts, seed=seed
-        )  # fmt: skip
         parts.append(
             _part(
                 model,
                 train,
                 held_out,
-                part,
+                tasks[seed],
                 run.path / f"seed-{seed}",
                 config.sweep_config(seed, methods, given),
                 settings["instruction"],
@@ -579,7 +583,9 @@ def _row(name: str, found: Sequence[Mapping[str, Any]], config: Mapping[str, Any
         row[figure] = told[0].get(figure) if told else None
     row["sites"] = [r.get("site") for r in told]
     row["strengths"] = [r.get("strength") for r in told]
-    row["reason"] = None if told else next((r["reason"] for r in found), None)
+    row["reason"] = None
+    if row["effect"] is None:
+        row["reason"] = next((r["reason"] for r in found if r["reason"]), "the effect is known of no text")
     return row
 
 

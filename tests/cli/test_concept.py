@@ -215,5 +215,13 @@ def test_bad_input_is_one_clear_line(change, message, tmp_path, monkeypatch):
     assert not (tmp_path / "r").exists()
 
 
+def test_a_latent_alone_needs_an_sae(tmp_path):
+    if not STORIES.is_dir():
+        pytest.skip("needs ../shared/models/stories260k")
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    arguments = ["--model", STORIES, "--pairs", pairs, "--methods", "sae_latent", "--out", tmp_path / "r"]
+    assert "give sae=" in steerkit("concept", *arguments, "--quiet", status=2)[2]
+
+
 def test_a_directory_is_needed():
     assert "--out is needed" in steerkit("concept", "--quiet", status=2)[2]

@@ -210,6 +210,7 @@ def test_settings_are_checked(model):
         ({"at": 2.0}, "kl_targets"),
         ({"seeds": 0}, "seeds is 0"),
         ({"methods": ("mean",)}, "mean_diff"),
+        ({"methods": ()}, "at least one"),
         ({"n_held_out": 0}, "n_held_out"),
     ):
         with pytest.raises(InputError, match=message):
