@@ -42,7 +42,7 @@ SAD = re.compile(r"\b(sad|cried|cry|crying|tears|scared|hurt|lonely|sorry)\b", r
 def main() -> None:
     options = parsed()
     torch.set_num_threads(options.threads)
-    config = BenchConfig(seeds=options.seeds, extend=1)
+    config = BenchConfig(seeds=options.seeds, extend=1, dtype=options.dtype)
     wanted = options.only or [part for part in PARTS if available(part, options)]
     results: dict[str, BenchResult] = {}
     for part in wanted:
@@ -114,6 +114,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--stories", help="its text, one document a line")
     parser.add_argument("--only", nargs="*", choices=PARTS)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--dtype", help="of the products, bf16 where the processor is faster with it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 
