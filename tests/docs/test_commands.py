@@ -104,7 +104,6 @@ READ = [
     (r"--model (DIR|dir\d+)\b", "a model of the reader's own"),
     (r"--serve\b", "serves until it is stopped"),
     (r"--judge\b", "half a minute each; tests/cli/test_eval_comparison.py runs it"),
-    (r"--device cuda", "needs a GPU"),
     (
         r"^python scripts/(reproduce|study|bench|gpu_check|measure)",
         "takes minutes; tests/scripts run the small ones",
@@ -267,6 +266,11 @@ def prepare(page, directory):
         names["run"] = sae.SAERun.load(runs[-1], names["model"])
     if page.name == "dashboards.md":
         names["vectors"] = torch.randn(2, names["model"].d_model)
+        names["documents"] = [story.text for story in storyworld.sample(20, seed=4)]
+        names["ask"], names["predict"] = (
+            " ".join,
+            lambda answer, tokens: [float(token in answer) for token in tokens],
+        )
     if page.name == "steering.md":
         torch.save(torch.randn(128), "vec_layer_13.pt")
         layers = {1: torch.randn(128)}
