@@ -31,7 +31,7 @@ from steerkit.runs import write_json
 
 RATES = {"lora": 6e-3, "dora": 6e-3, "svft": 1.6e-2, "full": 1e-3}
 """Learning rates that `adapt bench` found on StoryWorld; the method's own otherwise."""
-FASTER = (1.0, 10**0.5, 10.0)
+FASTER = (1.0, 10**0.5, 10.0, 10**1.5)
 """Multiples of full fine-tuning's step that are tried in random subspaces."""
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 RANK = 8
@@ -181,7 +181,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--methods", default="full,lora,dora,svft")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--n-train", type=int, default=600)
-    parser.add_argument("--dimensions", type=int, nargs="*", default=[256, 1024, 4096, 16384, 65536])
+    parser.add_argument("--dimensions", type=int, nargs="*", default=[64, 256, 1024, 4096, 16384])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/inside"))
     return parser.parse_args()

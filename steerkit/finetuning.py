@@ -538,6 +538,8 @@ class _Training:
         self.validation.append((self.steps, found))
         if run is not None:
             run.log({"step": self.steps, "validation": found})
+        if not math.isfinite(found["loss"]):
+            self._give_up(found["loss"], 0.0)
         if self.best is None or self._rank(found) > self._rank(self.best[1]):
             self.best, self.kept = (self.steps, found), self._copies()
 

@@ -25,6 +25,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from steerkit.adapters.base import AdapterMethod, PromptMethod, SubsetMethod, make
@@ -32,7 +33,7 @@ from steerkit.adapters.inside import Change, effective_delta
 from steerkit.adapters.prompted import PromptedBackend
 from steerkit.adapters.slots import Slot
 from steerkit.adapters.tuner import Edit
-from steerkit.errors import InputError, SiteError
+from steerkit.errors import CheckpointError, InputError, SiteError
 from steerkit.loading import ADAPTER_RECORD, Loaded, adapter_origin, quiet
 from steerkit.models import HookedModel
 from steerkit.runs import atomic_path, read_json, write_json
@@ -308,6 +309,10 @@ class PeftAdapted(Adapted):
                     warnings.filterwarnings("ignore", category=kind)
                 torch.manual_seed(self.seed)
                 return self._peft_model(folder).train(training)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"The weights of the adapter in {folder} can't be read: {error}."
+            ) from error
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             raise InputError(f"{self.method.name} cannot be put into {self.base.name}: {error}") from error
 

@@ -7,9 +7,11 @@ It says what it claims (the hypothesis) and what it starts from, and makes the p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -214,9 +216,34 @@ def make(name: str, **settings: Any) -> AdapterMethod:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=2, cutoff=0.3) or known
             raise InputError(f"{name} has no setting {key!r}: it has {', '.join(near)}.")
-    return METHODS[name](**_plain(settings))
+    hints = get_type_hints(METHODS[name])
+    return METHODS[name](**{key: _typed(key, value, hints[key]) for key, value in settings.items()})
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON's lists as the tuples they were."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    """The value as its field has it: JSON's lists as the tuples they were, numbers that YAML reads as text (1e-3) as numbers."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    allowed = tuple(get_origin(kind) or kind for kind in kinds)
+    if Any in allowed:
+        return value
+    if isinstance(value, list):
+        value = tuple(value)
+    elif {int, float} & {*allowed} and not isinstance(value, bool):
+        with suppress(TypeError, ValueError):
+            number = float(value)
+            whole = int in allowed and number.is_integer()
+            value = int(value) if whole else number if float in allowed else value
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        kind = _KINDS.get(allowed[0], str(hint))
+        raise InputError(f"{key} is {value!r}; it must be {kind}.")
+    return value
+
+
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "a list",
+    Mapping: "names with values",
+}

@@ -88,6 +88,8 @@ def choose(
     """The slots of some groups, kinds or ends of paths, in some layers. Raises InputError for what matches nothing."""
     slots = find_slots(model)
     wanted = [modules] if isinstance(modules, str) else list(modules)
+    if not wanted:
+        raise InputError("modules is empty: name some, or leave it away for the method's own.")
     chosen: dict[str, Slot] = {}
     for name in wanted:
         if name in GROUPS:
@@ -100,6 +102,8 @@ def choose(
             chosen[slot.path] = _joined(chosen[slot.path], slot) if slot.path in chosen else slot
     if layers is not None:
         keep = set(layers)
+        if not keep:
+            raise InputError("layers is empty: name some, or leave it away for all of them.")
         absent = sorted(keep - {slot.layer for slot in slots})
         if absent:
             raise InputError(

@@ -253,6 +253,8 @@ def _read(documents: Documents, label_column: str, groups: str | None) -> list[R
     )
     if groups not in (None, PHRASES) and group is None:
         raise InputError(f"{documents.name} has no column {groups!r} to group its rows by.")
+    if label_column != "label" and label is None:
+        raise InputError(f"{documents.name} has no column {label_column!r} of labels.")
     return [
         (text, None if label is None else str(label(i)), str(i if group is None else group(i)))
         for i, text in enumerate(documents)

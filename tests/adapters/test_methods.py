@@ -232,6 +232,22 @@ def test_mistakes_are_named(model):
         adapters.get(model, "svft", rnk=3)
 
 
+def test_settings_have_the_types_of_their_fields():
+    assert adapters.make("diff_pruning", kept="1e-3").kept == 1e-3  # what YAML makes of 1e-3
+    assert adapters.make("lora", rank=2.0).rank == 2
+    assert adapters.make("loreft", rank=2).rank == 2
+    assert adapters.make("trainable_tokens", tokens=[5, 6]).tokens == (5, 6)
+    for name, setting, value, kind in (
+        ("svft", "rank", 2.5, "a whole number"),
+        ("lora", "rank", True, "a whole number"),
+        ("lora", "alpha", "x", "a whole number"),
+        ("diff_pruning", "kept", "half", "a number"),
+        ("lora", "ranks", 3, "names with values"),
+    ):
+        with pytest.raises(InputError, match=f"{setting} is {value!r}; it must be {kind}"):
+            adapters.make(name, **{setting: value})
+
+
 def test_the_docs_tell_of_every_method():
     text = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
     assert [name for name in ALL if f"`{name}`" not in text] == []

@@ -90,6 +90,15 @@ def test_bench_compares_and_keeps_what_is_done(tmp_path):
     [
         (("train", "--method", "lorra"), "did you mean"),
         (("train", "--modules", "q_prj"), "q_proj"),
+        (("train", "--modules", ""), "modules is empty"),
+        (("train", "--rank", "999"), "at most 128"),
+        (("train", "--method", "tied_lora", "--rank", "999"), "at most 128"),
+        (("train", "--method", "qa_lora", "--rank", "999"), "at most 128"),
+        (("train", "--method", "hra", "--rank", "3"), "even number"),
+        (("train", "--method", "svft", "--set", "settings.rank=many"), "a whole number"),
+        (("train", "--method", "parallel", "--modules", "q"), "no down projection"),
+        (("train", "--method", "clover", "--modules", "down"), "goes to o, k, up and gate"),
+        (("train", "--method", "clover", "--set", "settings.width=9999"), "128 inputs"),
         (("train", "--set", "settings.rnk=3"), "rank"),
         (("train", "--method", "full", "--rank", "3"), "no size"),
         (("train", "--layers", "9"), "no layer 9"),
@@ -110,3 +119,37 @@ def test_a_file_of_one_class_is_refused(tmp_path):
         "adapt", "train", "--data", tmp_path / "one.csv", "--set", "n_test=5", "--out", tmp_path / "out"
     )
     assert "no classes" in told
+
+
+def test_a_column_of_labels_that_is_absent_is_no_other_task(tmp_path):
+    (tmp_path / "two.csv").write_text("text,label\n" + "".join(f"Hat {i}.,{i % 2}\n" for i in range(40)))
+    told = refused(
+        "adapt", "train", "--data", tmp_path / "two.csv", "--label-column", "lable", "--out", tmp_path / "out"
+    )
+    assert "no column 'lable'" in told
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    """Also where it shows only after the last step."""
+    arguments = ("adapt", "train", "--lr", "1e30", "--set", "n_test=10", "--quiet")
+    for n_train, step in (("48", 1), ("16", 1)):
+        told = refused(*arguments, "--set", f"n_train={n_train}", "--out", tmp_path / n_train, status=1)
+        assert f"The loss is nan at step {step}: lower lr" in told
+        assert not (tmp_path / n_train / "adapter").exists()
+
+
+def test_what_cannot_be_merged_is_refused(run, tmp_path):
+    houlsby = tmp_path / "houlsby"
+    steerkit("adapt", "train", "--method", "houlsby", "--rank", "2", *FEW, "--out", houlsby, "--quiet")
+    for command in ("merge", "inspect"):
+        assert "no change of weights" in refused("adapt", command, houlsby, "--out", tmp_path / "out")
+    other = HookedModel.from_pretrained("storyworld")
+    with torch.no_grad():
+        next(other.model.parameters()).add_(1.0)
+    other.model.save_pretrained(tmp_path / "other")
+    other.tokenizer.save_pretrained(tmp_path / "other")
+    told = refused("adapt", "merge", run, "--model", tmp_path / "other", "--out", tmp_path / "out")
+    assert "is another model" in told
+    (houlsby / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")
+    assert "can't be read" in refused("adapt", "merge", houlsby, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

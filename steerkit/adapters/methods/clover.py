@@ -62,6 +62,10 @@ class CLOVER(EditMethod):
     def _facts(self, model: HookedModel, slot: Slot, rotary: bool) -> dict[str, Any]:
         if slot.kind in ("up", "gate"):
             width = 1 if self.width == 1 else greatest_divisor(self.width, [slot.d_out], "width")
+            if width > slot.d_in:
+                raise InputError(
+                    f"width is {self.width}, of which {slot.path} takes {width}: more than its {slot.d_in} inputs."
+                )
             return {"heads": slot.d_out // width}
         if slot.kind not in PARTNER:
             raise InputError(f"clover goes to o, k, up and gate; {slot.path} is {slot.kind}.")

@@ -33,16 +33,18 @@ class FourierFT(AdapterMethod):
     family: ClassVar[str] = "fixed-basis"
     size: ClassVar[str] = "entries"
     lr: ClassVar[float] = 0.03
+    config: ClassVar[str] = "FourierFTConfig"
+    """peft's class of settings."""
 
     def peft_config(self, model: HookedModel, slots: Sequence[Slot], seed: int) -> Any:
-        from peft import FourierFTConfig
+        import peft
 
         for slot in slots:
             if not 1 <= self.entries <= slot.d_out * slot.d_in:
                 raise InputError(
                     f"entries is {self.entries}; {slot.path} has {slot.d_out * slot.d_in}: take 1 or more, not above."
                 )
-        return FourierFTConfig(
+        return getattr(peft, self.config)(
             n_frequency=self.entries,
             scaling=self.scale,
             random_loc_seed=seed,

@@ -9,6 +9,7 @@ variance 2/(r + d_in/g) (Xavier), B = 0. α = 2 r unless told. Training also goe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,10 +18,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from steerkit.adapters.base import EditMethod, register
-from steerkit.adapters.sizes import greatest_divisor
+from steerkit.adapters.sizes import check_rank, greatest_divisor
 from steerkit.adapters.slots import Slot
 from steerkit.adapters.tuner import Base, Edit, Target
 from steerkit.errors import InputError
+from steerkit.models import HookedModel
 
 
 @register
@@ -44,9 +46,15 @@ class QALoRA(EditMethod):
     lr: ClassVar[float] = 2e-3
 
     def __post_init__(self) -> None:
-        for name in ("rank", "group"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.group < 1:
+            raise InputError(f"group is {self.group}; it must be at least 1.")
+
+    def targets(
+        self, model: HookedModel, modules: str | Sequence[str] | None, layers: Sequence[int] | None
+    ) -> list[Slot]:
+        slots = super().targets(model, modules, layers)
+        check_rank(self.name, self.rank, slots)
+        return slots
 
     def group_of(self, d_in: int) -> int:
         """g for a map with so many inputs."""

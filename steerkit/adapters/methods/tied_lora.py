@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from steerkit.adapters.base import EditMethod, register
+from steerkit.adapters.sizes import check_rank
 from steerkit.adapters.slots import Slot
 from steerkit.adapters.tuner import Base, Edit, Target
-from steerkit.errors import InputError
 from steerkit.models import HookedModel
 
 
@@ -39,9 +39,12 @@ class TiedLoRA(EditMethod):
     family: ClassVar[str] = "low-rank"
     lr: ClassVar[float] = 2e-3
 
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"rank is {self.rank}; it must be at least 1.")
+    def targets(
+        self, model: HookedModel, modules: str | Sequence[str] | None, layers: Sequence[int] | None
+    ) -> list[Slot]:
+        slots = super().targets(model, modules, layers)
+        check_rank(self.name, self.rank, slots)
+        return slots
 
     def edit(self, target: Target) -> Edit:
         return _TiedLoRA(target, self.rank)
