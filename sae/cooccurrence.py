@@ -83,7 +83,7 @@ class Cooccurrence:
                 best, share = _best(other, n, n / (count[i] + count[other] - n))
                 place = i, slice(len(best))
                 ids[place], both[place], jaccard[place] = other[best], n[best], share
-                pmi[place] = np.log(n[best] * self.n_tokens / (count[i] * count[other[best]]))
+                pmi[place] = np.log(n[best] / count[i] * (self.n_tokens / count[other[best]]))
         return {
             "together": ids,
             "together_both": both,

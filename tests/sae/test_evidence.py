@@ -166,6 +166,13 @@ def test_cooccurrence_is_that_of_the_dense_product(block, every):
     assert found["together"][1, 0] == 3
 
 
+def test_mutual_information_of_large_counts_does_not_overflow():
+    n = 200_000
+    pairs = Cooccurrence(2, n)
+    pairs.add(np.repeat(np.arange(n), 2), np.tile([0, 1], n), np.ones(n, dtype=bool))
+    np.testing.assert_allclose(pairs.finish()["together_pmi"][:, 0], 0, atol=1e-6)
+
+
 def test_cooccurrence_counts_fewer_tokens_where_there_are_many_pairs():
     pairs = Cooccurrence(1_000, 10_000_000)
     token, latent = np.repeat(np.arange(100), 200), np.tile(np.arange(200), 100)
