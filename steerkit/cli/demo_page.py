@@ -334,13 +334,7 @@ def _steering(story: Story, dictionary: Dictionary, size: Size, seed: int) -> li
         "import sae; from sae.training import SAERun; from steerkit.steering import add_latents; "
         f"add_latents(SAERun.load('{AGAIN}/sae').sae, {{{dictionary.latent}: 1.0}}).save('{AGAIN}/latent.safetensors')"
     )
-    apply = [
-        [
-            *f"steerkit steer apply --vector {AGAIN}/{s.file} --strength {s.strength:g} --seed {seed} --prompt".split(),
-            prompt,
-        ]
-        for s in story.steered
-    ]
+    apply = f"steerkit steer apply --vector {AGAIN}/{story.steered[0].file} --strength {story.steered[0].strength:g} --prompt"
     return [
         "<h2>3. A story, steered</h2>",
         f"<p>Three directions are added to the residual stream at <code>{SITE}</code>, at every token: the mean difference "
@@ -348,17 +342,17 @@ def _steering(story: Story, dictionary: Dictionary, size: Size, seed: int) -> li
         f"strong as makes the model diverge from itself by about {NATS:g} nats a text. The judge, which knows the language, reads "
         f"what follows the beginning: words that mean <mark class='wanted'>{VALUE}</mark>, and "
         f"<mark class='unwanted'>another mood</mark>. Shown is the first of {size.prompts} beginnings, with the same random "
-        "numbers in each row; the figures are over all of them, with 95 % intervals.</p>",
+        "numbers in each row. One text proves nothing; the figures are over all of them, with 95 % intervals.</p>",
         f"<p class='story'><b>{html.escape(prompt)}</b> …</p>",
         _table(["", "… goes on", "judged", f"{VALUE}, of all", "KL, nats a text"], rows),
         _commands(
             [*extract.split(), "mean_diff", "--out", f"{AGAIN}/mean_diff.safetensors"],
             [*extract.split(), "random", "--out", f"{AGAIN}/random.safetensors"],
             ["python", "-c", latent],
-            *apply,
         ),
-        "<p>The figures over all prompts:</p>",
         _commands(["python", "-c", _measuring(story, size, seed)]),
+        "<p>And a beginning of your own:</p>",
+        _commands([*apply.split(), "Anna is"]),
     ]
 
 
@@ -388,8 +382,10 @@ def _measuring(story: Story, size: Size, seed: int) -> str:
         f"prompts = story_prompts(model, '{ATTRIBUTE}', '{VALUE}', {size.prompts}, seed={seed})\n"
         f"effect = StoryAttribute('{ATTRIBUTE}', '{VALUE}')\n"
         f"bench = Bench(model, prompts, effect, samples=1, max_new_tokens={NEW_TOKENS}, seed={seed})\n"
+        "print(bench.base, *bench.base.texts[0])\n"
         f"for file, strength in {{{vectors}}}.items():\n"
-        f"    print(file, bench.measure(SteeringVector.load('{AGAIN}/' + file), strength))"
+        f"    found = bench.measure(SteeringVector.load('{AGAIN}/' + file), strength)\n"
+        "    print(file, found, *found.texts[0])"
     )
 
 
@@ -429,7 +425,7 @@ def _adapter(found: Finetuned, size: Size, seed: int) -> list[Any]:
         _commands(train.split()),
         "<h3>What changed inside</h3>",
         f"<p>Both models read the same {size.texts} stories. On the left, how alike their layers are – with texts paired at random "
-        f"the CKA is at most {_chance(found.compared['layers']):.2f}; on the right, what is left of lying when one block's weights "
+        f"the CKA is at most {_chance(found.compared['layers']):.2f}; on the right, how much less is lied when one block's weights "
         "are taken back. <a href='compare/report.html'>The whole report.</a></p>",
         f"<ul>{bullets}</ul>",
         "<div class='pair'>",
