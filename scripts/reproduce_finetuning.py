@@ -375,10 +375,10 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
             )
         rollback = found["layers"]["rollback"]
         told.append(
-            f"single blocks rolled back, upper half less lower half: {sure(rollback['upper_less_lower'])}"
+            f"accuracy with one block rolled back, upper half less lower half: {sure(rollback['upper_less_lower'])}"
         )
         for k, value in enumerate(rollback["suffix_less_prefix"], 1):
-            told.append(f"top {k} rolled back less bottom {k}: {sure(value)}")
+            told.append(f"accuracy with the top {k} rolled back less with the bottom {k}: {sure(value)}")
     if "freezing" in found:
         counts = found["freezing"]["by_count"]
         reached = [r["k"] for r in counts if r["way"].estimate >= SHARE]

@@ -322,6 +322,8 @@ COMPARED = (
     ("patching", "patching"),
     ("patching, noising", "patching, noising"),
     ("rollback", "patching"),
+    ("put in", "rollback"),
+    ("patching, noising", "patching"),
     ("change, at the claim", "change, at the claim"),
     ("fact, tuned, at the claim", "fact, tuned, at the claim"),
     ("fact, tuned, at the fact", "fact, tuned, at the fact"),
