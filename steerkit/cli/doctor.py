@@ -128,10 +128,13 @@ _PACKAGE_OF = {"sklearn": "scikit-learn"}
 def imports(facts: Facts) -> Iterator[Finding]:
     """The large compiled packages are imported one after the other: that is where versions clash."""
     found = facts.imports
+    told: set[str] = set()  # what imports a broken package fails alike
     for module, error in found.errors.items():
-        yield _broken(module, error)
+        if error not in told:
+            told.add(error)
+            yield _broken(module, error)
     if found.crashed is not None:
-        last = (found.stderr.strip().splitlines() or ["the process ended without a word"])[-1]
+        last = found.stderr.strip().splitlines()[-1]
         if "OMP: Error #15" in found.stderr:
             return  # `openmp` tells it
         yield _broken(found.crashed, f"importing it ends Python: {last}")
@@ -433,6 +436,9 @@ def _tokenizer(facts: Facts) -> Iterator[Finding]:
 def self_check(facts: Facts) -> Iterator[Finding]:
     """The built-in model is read, writes, and is learnt from."""
     found = facts.self_check
+    if found is None:
+        yield Finding("self-check", "note", "not run: what it needs cannot be imported")
+        return
     if found.error is not None:
         yield Finding(
             "self-check",

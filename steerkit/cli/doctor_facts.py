@@ -127,7 +127,8 @@ class Facts:
     here: Space | None = None
     shared_memory: Space | None = None
     model: ModelFacts | None = None
-    self_check: SelfCheck = SelfCheck()
+    self_check: SelfCheck | None = None
+    """None where the packages that it needs can't be imported."""
 
     @property
     def offline(self) -> bool:
@@ -163,7 +164,7 @@ def gather(model: str | None = None) -> Facts:
         here=_space(Path.cwd()),
         shared_memory=_space(Path("/dev/shm")) if Path("/dev/shm").is_dir() else None,
         model=None if model is None else look_at_model(model, cache),
-        self_check=_self_check() if loads else SelfCheck(error="the packages above cannot be imported"),
+        self_check=_self_check() if loads else None,
     )
 
 
@@ -248,7 +249,8 @@ def _import_all(names: list[str]) -> tuple[Imports, Torch | None]:
     done = subprocess.run([sys.executable, "-c", _PROBE, *names], capture_output=True, text=True)
     lines = done.stdout.splitlines()
     if done.returncode != 0 or not lines:
-        return Imports(crashed=lines[-1] if lines else names[0], stderr=done.stderr), None
+        told = done.stderr or f"exit status {done.returncode}"
+        return Imports(crashed=lines[-1] if lines else names[0], stderr=told), None
     found = json.loads(lines[-1])
     imports = Imports(found["errors"], None, done.stderr, tuple(sorted(found["openmp"])))
     about = found["torch"]

@@ -155,6 +155,7 @@ NOTES = {
     "nothing cached": (having(environment={"HF_HUB_OFFLINE": "1"}), "hub", "unset HF_HUB_OFFLINE"),
     "to be downloaded": (having(model=ModelFacts("me/model", None)), "me/model", "hf download"),
     "no pad token": (asked(pad_token=None), "tokenizer", "pad_token"),
+    "no self-check": (having(self_check=None), "self-check", ""),
     "numpy 1 modules": (
         having(imports=Imports(stderr="A module that was compiled using NumPy 1.x cannot be run in NumPy 2.4.6")),
         "numpy", "pyarrow",
@@ -168,6 +169,14 @@ def test_what_is_slow_or_worth_knowing_is_a_note(facts, name, mend):
     (finding,) = [finding for finding in examine(facts) if finding.level != "ok"]
     assert (finding.name, finding.level) == (name, "note")
     assert mend in finding.mend
+
+
+def test_an_error_that_others_inherit_is_told_once():
+    facts = importing(
+        numpy="ImportError: a", torch="OSError: libcudart.so.12", peft="OSError: libcudart.so.12"
+    )
+    names = [finding.name for finding in examine(facts) if finding.level == "fail"]
+    assert names == ["import numpy", "import torch"]
 
 
 def test_every_check_has_found_something():
