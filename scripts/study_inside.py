@@ -31,7 +31,7 @@ from steerkit.runs import write_json
 
 RATES = {"lora": 6e-3, "dora": 6e-3, "svft": 1.6e-2, "full": 1e-3}
 """Learning rates that `adapt bench` found on StoryWorld; the method's own otherwise."""
-FASTER = (1.0, 10**0.5, 10.0, 10**1.5)
+FASTER = (1.0, 10**0.5, 10.0, 10**1.5, 100.0)
 """Multiples of full fine-tuning's step that are tried in random subspaces."""
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 RANK = 8
