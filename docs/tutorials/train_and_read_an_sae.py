@@ -93,7 +93,7 @@ for example in stats.examples(latent)[:8]:
 # drawn from the twenty that are most nearly as often active, with the same two changes. Prompts are beginnings that do not
 # say the mood yet.
 
-# %% fast={"N": 6}
+# %% fast={"N": 16}
 N = 40
 near = (torch.tensor(stats.density) - stats.density[latent]).abs().argsort()
 control = int(near[torch.randint(1, 21, (), generator=torch.Generator().manual_seed(0))])
