@@ -74,6 +74,11 @@ SMALLER_PYTHON = [
     (r'"happy", 64\)', '"happy", 4)'),
     (r"texts=300, per_text=8", "texts=40, per_text=4, n_folds=2, Cs=(0.01,)"),
     (r"samples=4", "samples=1"),
+    (
+        r'"storyworld:mood=happy", method="bipo"',
+        'steering.load_pairs("storyworld:mood=happy", n=16), method="bipo"',
+    ),
+    (r"d_sae=1024", "d_sae=128"),
     (r"run\.dashboard\((tokens=50_000)?\)", "run.dashboard(tokens=2_000, quiet=True)"),
     (r"ConceptConfig\(seeds=3\)", "SMALL_CONCEPT"),
     (r"compare\(base, tuned, .*quick=True\)", "compare(base, tuned, 'storyworld', config=SMALL_COMPARISON)"),
