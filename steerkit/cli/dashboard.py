@@ -164,10 +164,10 @@ def _second(source: str) -> Second:
 
 def _finish(run: str, page: Path, reader: Reader | None, port: int, json: bool, quiet: bool) -> None:
     """Tell where the page is; serve it until Ctrl-C if there is a reader."""
-    emit({"run": run, "page": str(page.resolve())}, as_json=json)
     if reader is None:
         say(f"Open {page.resolve()}", quiet=quiet)
-    else:
+    emit({"run": run, "page": str(page.resolve())}, as_json=json)
+    if reader is not None:
         serve_dashboard(page.parent, reader, port=port, announce=partial(say, quiet=quiet))
 
 
