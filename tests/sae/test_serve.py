@@ -264,7 +264,15 @@ def test_latents_that_write_elsewhere_are_not_steered(model):
         reader.steer("Anna is", 0, 1.0)
 
 
-def test_ctrl_c_ends_the_command_and_what_is_there_is_served_as_it_is(tmp_path):
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_the_command_and_what_is_there_is_served_as_it_is(tmp_path, interruptible):
     file = SteeringVector.add({SITE: torch.ones(128)}, model="storyworld").save(tmp_path / "v.safetensors")
     folder = tmp_path / "dash"
     folder.mkdir()
