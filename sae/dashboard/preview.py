@@ -39,7 +39,7 @@ class Preview:
         self.model, self.sae, self.stats = model, sae, stats
         self.site = sae.config.outputs(stats.info["site"])[0]
         self.prompt = prompt if prompt is not None else _first_words(model, stats)
-        self.ids = torch.tensor([_prompt_ids(model, self.prompt)], device=model.device)
+        self.ids = torch.tensor([prompt_ids(model, self.prompt)], device=model.device)
         if self.ids.shape[1] + NEW_TOKENS > model.context:
             raise InputError(
                 f"The prompt has {self.ids.shape[1]} tokens: with {NEW_TOKENS} new ones it exceeds {model.name}'s context."
@@ -95,7 +95,7 @@ class Preview:
     def _generated(self, rows: Int[Tensor, "rows pos"]) -> Float[Tensor, "rows new"]:
         """1 for the tokens up to the first that ends the text, with it."""
         new = rows[:, self.ids.shape[1] :]
-        ended = torch.isin(new, torch.tensor(_ends(self.model), device=new.device, dtype=new.dtype))
+        ended = torch.isin(new, torch.tensor(end_ids(self.model), device=new.device, dtype=new.dtype))
         return (ended.cumsum(1) - ended.int() == 0).double()
 
     def _texts(self, rows: Int[Tensor, "rows pos"]) -> list[str]:
@@ -132,7 +132,7 @@ def _first_words(model: HookedModel, stats: LatentStats) -> str:
     return model.tokenizer.decode(ids[:_PROMPT_TOKENS]).strip()
 
 
-def _prompt_ids(model: HookedModel, prompt: str) -> list[int]:
+def prompt_ids(model: HookedModel, prompt: str) -> list[int]:
     """As `generate` reads it: with BOS if the tokenizer adds one, without an end."""
     ids = list(model.tokenizer(prompt)["input_ids"])
     if len(ids) > 1 and ids[-1] == model.tokenizer.eos_token_id:
@@ -142,7 +142,8 @@ def _prompt_ids(model: HookedModel, prompt: str) -> list[int]:
     return ids
 
 
-def _ends(model: HookedModel) -> list[int]:
+def end_ids(model: HookedModel) -> list[int]:
+    """The tokens that end a text: the tokenizer's, and those that `generate` stops at."""
     own = getattr(getattr(model.model, "generation_config", None), "eos_token_id", None)
     several = own if isinstance(own, (list, tuple)) else [own]
     return sorted({i for i in (*several, model.tokenizer.eos_token_id) if isinstance(i, int)})

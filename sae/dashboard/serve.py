@@ -36,6 +36,7 @@ from torch import Tensor
 
 from sae.architectures.base import SAE
 from sae.dashboard.pieces import context_texts
+from sae.dashboard.preview import end_ids, prompt_ids
 from steerkit.activations import Tokenization, is_sink, token_batches
 from steerkit.data import load_documents
 from steerkit.errors import InputError, SteerkitError
@@ -148,12 +149,8 @@ def continued(
 
     One forward a token has three rows: the steered text steered, the same unsteered, and the unsteered text.
     """
-    assert model.tokenizer is not None
-    prompt = list(model.tokenizer(text)["input_ids"])
-    ends = {model.tokenizer.eos_token_id}
-    if len(prompt) > 1 and prompt[-1] in ends:
-        prompt = prompt[:-1]
-    if not prompt or len(prompt) + n > model.context:
+    prompt, ends = prompt_ids(model, text), set(end_ids(model))
+    if len(prompt) + n > model.context:
         raise InputError(
             f"A text of {len(prompt)} tokens and {n} new ones: {model.name} takes 1 to {model.context}."
         )
