@@ -258,7 +258,7 @@ def collect_latents(
             if sink_threshold is not None:
                 keep = keep & ~is_sink(acts, sink_threshold)
             if number % between_looks == 0:
-                looks.append(Look(batch, keep, len(pass_.rows)))
+                looks.append(Look(batch.input_ids, acts, keep, len(pass_.rows)))
             pass_.add(batch, acts, keep)
             bar.advance(batch.n_kept)
     if not pass_.n_tokens:
@@ -277,7 +277,7 @@ def collect_latents(
     }
     effects: dict[str, Any] = logit_effects(model, sae, sae.config.outputs(site)[0])
     found = pass_.finish()
-    found |= near_misses(model, sae, site, looks, found["token_ids"])
+    found |= near_misses(sae, looks, found["token_ids"])
     return LatentStats(info, **pass_.with_rows(found), **_geometry(sae), **effects)
 
 

@@ -2,14 +2,13 @@
 
 What a latent is for shows in where it stops. Two kinds of rows are kept for each: those that have one of its strongest tokens
 and leave it silent, and those in which its pre-activation came nearest to what it has to exceed (`SAE.margins`). They are looked
-for in a second pass over some of the batches, after the first has said which tokens are whose.
+for among the activations of some batches, kept until the pass over all of them has said which tokens are whose.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.architectures.base import SAE
-from steerkit.activations import TokenBatch
 
 NEAR_TOKENS = 32_768
-"""About how many tokens are looked at a second time."""
+"""About how many tokens are kept to be looked at again."""
 N_MISSES = 5
 N_WITH_TOKEN = 3
 """How many of them may be rows with a strong token of the latent; the rest are the nearest."""
@@ -32,7 +30,8 @@ _ELEMENTS = 1 << 24
 class Look:
     """A batch to look at again."""
 
-    batch: TokenBatch
+    input_ids: Int[Tensor, "rows pos"]
+    acts: Float[Tensor, "rows pos d_in"]
     keep: Bool[Tensor, "rows pos"]
     """The tokens that count, sinks left out."""
     first_row: int
@@ -41,7 +40,7 @@ class Look:
 
 @torch.no_grad()
 def near_misses(
-    model: Any, sae: SAE, site: str, looks: Sequence[Look], token_ids: Int[np.ndarray, "d_sae n"]
+    sae: SAE, looks: Sequence[Look], token_ids: Int[np.ndarray, "d_sae n"]
 ) -> dict[str, np.ndarray]:
     """`miss_row` and `miss_position` (d_sae, 5), -1 where there are fewer, and `miss_closeness`: the pre-activation minus what it
     has to exceed, at most 0; NaN where the architecture defines none. Rows with a strong token go first, the nearest first.
@@ -50,13 +49,11 @@ def near_misses(
     by_token, nearest = _Nearest(sae, N_WITH_TOKEN), _Nearest(sae, N_MISSES)
     known = True
     for look in looks:
-        ids = look.batch.input_ids.to(sae.device)
-        mask = None if model.is_causal else look.batch.attention_mask
-        acts = model.run(look.batch.input_ids, mask, sites=[site])[site]
+        ids = look.input_ids.to(sae.device)
         step = max(1, _ELEMENTS // (ids.shape[1] * sae.d_sae))
         for start in range(0, len(ids), step):
             part = slice(start, start + step)
-            x, keep = acts[part].to(sae.device, sae.dtype), look.keep[part].to(sae.device)
+            x, keep = look.acts[part].to(sae.device, sae.dtype), look.keep[part].to(sae.device)
             margins = sae.margins(x)
             known = margins is not None
             if margins is None:
