@@ -1,7 +1,7 @@
 """`steerkit doctor`: what this machine has, what is amiss, why that matters, and the command that mends it.
 
-Each check is a function of the facts (`doctor_facts.Facts`) that gives findings. `python -m steerkit.cli.doctor` is the same where
-torch itself is broken and no other command starts.
+Each check is a function of the facts (`doctor_facts.Facts`) that gives findings. It runs where torch itself is broken,
+and no other command starts.
 """
 
 from __future__ import annotations
@@ -475,7 +475,9 @@ CHECKS: tuple[Callable[[Facts], Iterable[Finding]], ...] = (
     self_check,
 )
 
-if __name__ == "__main__":
+
+def alone() -> None:
+    """The command by itself, for when the others cannot be imported."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(command(doctor))
     app()

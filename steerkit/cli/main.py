@@ -71,11 +71,5 @@ adapt_app.command("merge")(command(adapt.merge_adapter))
 adapt_app.command("inspect")(command(adapt.inspect_adapter))
 adapt_app.command("methods")(command(adapt.list_methods))
 
-
-def main() -> None:
-    """Entry point of the console script."""
-    app()
-
-
 if __name__ == "__main__":
-    main()
+    app()

@@ -100,8 +100,8 @@ def apply(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Go on from a prompt, unsteered and steered side by side."""
-    import torch
+    """Go on from a prompt, unsteered and steered side by side, with the same random numbers."""
+    from steerkit.steering.sampling import Draws, text_ends
 
     loaded = load_any(vector)
     if where is not None and where not in WHERES:
@@ -109,10 +109,9 @@ def apply(
     if temperature < 0:
         raise InputError(f"--temperature is {temperature}; it is 0 or more.")
     hooked = load_model(_model_of(loaded, model, vector), device, dtype)
-    options: dict[str, Any] = {"do_sample": temperature > 0}
+    drawn = []
     if temperature > 0:
-        options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    torch.manual_seed(seed or 0)
+        drawn = [Draws([(seed or 0,)] * 2, temperature, text_ends(hooked), hooked.device)]
     shown = None if quiet else _SideBySide(hooked.tokenizer)
     with hooked.steer(
         loaded,
@@ -120,7 +119,14 @@ def apply(
         where=None if where is None else WHERES[where],
         other_model=other_model,
     ):
-        base, steered = hooked.generate([prompt, prompt], max_new_tokens, streamer=shown, **options)
+        base, steered = hooked.generate(
+            [prompt, prompt],
+            max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            logits_processor=drawn,
+            streamer=shown,
+        )
     emit({"prompt": prompt, "strength": strength, "base": base, "steered": steered}, as_json=json)
 
 

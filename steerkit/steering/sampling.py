@@ -108,7 +108,7 @@ def sample(
     order = sorted(range(len(rows)), key=lambda i: len(prompts[rows[i][0]]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        draws = _Draws([(seed, *rows[i]) for i in chosen], temperature, _ends(model), model.device)
+        draws = Draws([(seed, *rows[i]) for i in chosen], temperature, text_ends(model), model.device)
         batch = [prompts[rows[i][0]] for i in chosen]
         with torch.no_grad(), changed([len(ids) for ids in batch]):
             found = (_stepwise if is_transformer_lens(model.model) else _generated)(
@@ -203,7 +203,7 @@ def unchanged(prompt_lengths: Sequence[int]) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-class _Draws:
+class Draws:
     """Chooses each row's next token by noise of the row's own: argmax(logits / temperature + Gumbel noise)."""
 
     def __init__(
@@ -232,7 +232,7 @@ class _Draws:
 
 
 def _generated(
-    model: HookedModel, prompts: Sequence[Ids], draws: _Draws, max_new_tokens: int
+    model: HookedModel, prompts: Sequence[Ids], draws: Draws, max_new_tokens: int
 ) -> list[list[int]]:
     """With the model's own `generate` and its cache; penalties that its settings may ask for are off."""
     from transformers import LogitsProcessorList
@@ -260,7 +260,7 @@ def _generated(
 
 
 def _stepwise(
-    model: HookedModel, prompts: Sequence[Ids], draws: _Draws, max_new_tokens: int
+    model: HookedModel, prompts: Sequence[Ids], draws: Draws, max_new_tokens: int
 ) -> list[list[int]]:
     """A forward of the whole text for every token, for models whose `generate` takes no draws from outside."""
     rows = [list(prompt) for prompt in prompts]
@@ -278,7 +278,7 @@ def _stepwise(
     return [row[len(prompt) :] for row, prompt in zip(rows, prompts)]
 
 
-def _ends(model: HookedModel) -> frozenset[int]:
+def text_ends(model: HookedModel) -> frozenset[int]:
     """Tokens that end a text: the tokenizer's, and those of the model's generation settings."""
     own = getattr(getattr(model.model, "generation_config", None), "eos_token_id", None)
     tokenizer = getattr(model.tokenizer, "eos_token_id", None)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -221,3 +224,28 @@ def test_here_it_finds_nothing_but_a_model_that_is_not_there():
     assert {"python", "torch", "imports", "threads", "hub", "self-check"} <= set(checks)
     assert [name for name, check in checks.items() if not check["ok"]] == ["no/such-model"]
     assert not found["ok"]
+
+
+def test_doctor_runs_where_torch_is_broken_and_the_others_name_it(tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+
+    def steerkit(*arguments):
+        program = "import sys; from steerkit.cli import start; sys.argv[0] = 'steerkit'; start()"
+        return subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    other = steerkit("probe", "--help")
+    assert other.returncode == 1
+    assert other.stderr.splitlines() == [
+        "Error: steerkit cannot start (OSError: libcudart.so.13: cannot open shared object file): "
+        "`steerkit doctor` says what is amiss."
+    ]
+    found = steerkit("doctor")
+    assert found.returncode == 1
+    assert "libcudart.so.13" in found.stdout + found.stderr
+    assert "Traceback" not in found.stderr

@@ -66,6 +66,9 @@ def test_apply_shows_both_texts(file):
         steerkit(*arguments, "--temperature", "1", "--seed", seed, "--strength", "6")[0] for seed in (1, 1, 2)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
+    assert sampled[0]["base"] != sampled[0]["steered"]
+    alike, _ = steerkit(*arguments, "--temperature", "1", "--seed", "1", "--strength", "0")
+    assert alike["steered"] == alike["base"] == sampled[0]["base"]
 
 
 def test_bad_input_is_one_clear_line(file, tmp_path):

@@ -33,7 +33,7 @@ from steerkit.steering import (
 )
 from steerkit.steering.effects import Rated, apply_effect, harmonic_mean
 from steerkit.steering.evaluation import binary_kl, different, repeated, total_variation
-from steerkit.steering.sampling import _Draws, _generated, _stepwise, divergence, encode_prompts, sample
+from steerkit.steering.sampling import Draws, _generated, _stepwise, divergence, encode_prompts, sample
 from steerkit.steering.story import tally
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -314,7 +314,7 @@ def test_the_end_of_the_text_counts_and_nothing_after_it(story):
 def test_tokens_are_drawn_with_their_probabilities():
     scores = torch.tensor([0.0, 1.0, 2.0, -1.0]).repeat(4000, 1)
     for temperature in (1.0, 0.5):
-        draws = _Draws([(1, i) for i in range(4000)], temperature, frozenset(), torch.device("cpu"))
+        draws = Draws([(1, i) for i in range(4000)], temperature, frozenset(), torch.device("cpu"))
         counts = draws(None, scores).argmax(-1).bincount(minlength=4) / 4000
         expected = (scores[0] / temperature).softmax(-1)
         assert ((counts - expected).abs() < 4 * (expected * (1 - expected) / 4000).sqrt() + 1e-9).all()
@@ -347,7 +347,7 @@ def test_without_the_models_own_generate_the_draws_are_the_same(case):
     ids = encode_prompts(model, prompts)
     found = []
     for way in (_generated, _stepwise):
-        draws = _Draws([(0, i) for i in range(len(ids))], 1.0, frozenset({0}), model.device)
+        draws = Draws([(0, i) for i in range(len(ids))], 1.0, frozenset({0}), model.device)
         with model.steer(
             vector, strength=2.0, where=Where.generation_only(), prompt_lengths=[len(row) for row in ids]
         ):
