@@ -114,7 +114,6 @@ class Study:
             epochs=sizes.epochs,
             batch_size=sizes.batch_size,
             warmup=0.1,
-            optimiser="FusedAdamW",
             dtype=options.dtype,
         )
         self.seeds = tuple(range(sizes.seeds))

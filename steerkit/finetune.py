@@ -114,7 +114,9 @@ def optimise(
     if not examples:
         raise InputError("There are no examples to train on.")
     trained = list(parameters)
-    optimiser = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    optimiser = torch.optim.AdamW(
+        trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
     n_steps = config.steps(len(examples))
     batches = batch_order(list(map(len, examples)), config.batch_size, config.seed)
     losses: list[float] = []

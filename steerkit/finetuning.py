@@ -57,7 +57,7 @@ class FinetuneConfig(OptimiseConfig):
     head_lr: float | None = None
     """Peak learning rate of the objective's head; `lr` if None."""
     optimiser: str = "AdamW"
-    """A class of `torch.optim` or `steerkit.optimisers`."""
+    """A class of `torch.optim` (fused, if it can be) or `steerkit.optimisers`."""
     accumulation: int = 1
     """Parts that gradients of each process's share of a batch are computed in, one after another, and added up."""
     gradient_checkpointing: bool = False
@@ -372,6 +372,7 @@ class _Training:
             "lr": config.lr,
             "betas": config.betas,
             "weight_decay": config.weight_decay,
+            "fused": True,  # one pass over the weights, which tells where many of them meet small batches
         }
         taken = inspect.signature(kind).parameters
         return kind(

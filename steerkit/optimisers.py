@@ -54,26 +54,7 @@ class UncorrectedAdamW(torch.optim.Optimizer):
         return loss
 
 
-class FusedAdamW(torch.optim.AdamW):
-    """torch's AdamW in one pass over the weights: the same up to rounding, and on CPUs several times faster.
-
-    That tells where many weights meet small batches: an encoder's word embeddings, and sentences of ten tokens.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 1e-2,
-    ) -> None:
-        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-
-
-OWN: dict[str, type[torch.optim.Optimizer]] = {
-    "FusedAdamW": FusedAdamW,
-    "UncorrectedAdamW": UncorrectedAdamW,
-}
+OWN: dict[str, type[torch.optim.Optimizer]] = {"UncorrectedAdamW": UncorrectedAdamW}
 
 
 def optimiser_class(name: str) -> type[torch.optim.Optimizer]:

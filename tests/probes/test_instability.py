@@ -24,7 +24,7 @@ from probes.instability import (
 from probes.similarity import similarity
 from steerkit.errors import InputError, NumericsError
 from steerkit.finetuning import FinetuneConfig, finetune, layers
-from steerkit.optimisers import FusedAdamW, UncorrectedAdamW
+from steerkit.optimisers import UncorrectedAdamW
 
 CONFIG = FinetuneConfig(lr=1e-2, batch_size=10, epochs=1)
 
@@ -144,19 +144,6 @@ def test_steps_without_bias_correction_are_longer_by_a_known_factor():
     assert ratio[0] == pytest.approx(np.sqrt(10), rel=1e-3)
     assert ratio.max() == pytest.approx(6.56, abs=0.01)
     assert ratio.argmax() == 11
-
-
-def test_the_fused_optimiser_is_torchs_adamw_up_to_rounding():
-    found = []
-    for kind in (torch.optim.AdamW, FusedAdamW):
-        p = torch.nn.Parameter(torch.linspace(-1, 1, 7, dtype=torch.float64))
-        optimiser = kind([p], lr=0.1, betas=(0.8, 0.9), weight_decay=0.2)
-        for _ in range(5):
-            optimiser.zero_grad()
-            (p**3).sum().backward()
-            optimiser.step()
-        found.append(p.detach())
-    assert torch.allclose(*found, rtol=1e-12, atol=0)
 
 
 def test_remedies_are_settings_of_the_run():
