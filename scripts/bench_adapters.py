@@ -3,11 +3,11 @@
     python scripts/bench_adapters.py                                  # every method; minutes
     python scripts/bench_adapters.py --methods svft,antipasto,oft --rounds 10 --threads 2
 
-A step is forward, backward and fused AdamW, which the trainer takes, on one batch, with the method's regulariser. In each round LoRA
-and the method take turns in one process; the ratio is the median over rounds. With one thread on a CPU seconds are the process's
-own, so that other work on the machine hardly counts. Peak memory is that of the process above what it has with the bare model (on CUDA: the allocator's).
-Methods have about as many parameters as LoRA of rank 8 where they have a size that is not given. Ours (not peft's) have the goal of
-1.5 times LoRA's step.
+A step is forward, backward and fused AdamW, which the trainer takes, on one batch, with the method's regulariser. In each round
+LoRA and the method take turns in one process; the ratio is the median over rounds. With one thread on a CPU seconds are the
+process's own, so that other work on the machine hardly counts. Peak memory is that of the process above what it has with the bare
+model (on CUDA: the allocator's). Methods have about as many parameters as LoRA of rank 8 where they have a size that is not given.
+Ours (not peft's) have the goal of 1.5 times LoRA's step.
 """
 
 from __future__ import annotations
