@@ -130,6 +130,7 @@ def finetune(
     out: str | Path | None = None,
     resume: bool = False,
     quiet: bool = True,
+    settings: Mapping[str, Any] | None = None,
     groups: Groups | None = None,
     reference: Float[np.ndarray, " n_train"] | None = None,
     regulariser: Callable[[HookedModel], Tensor] | None = None,
@@ -147,8 +148,9 @@ def finetune(
     from 0.
 
     With `out`, settings, metrics, checkpoints and the trained weights go to that run directory; `resume` continues it, or gives
-    back what it came to. After Ctrl-C or SIGTERM a checkpoint is written and KeyboardInterrupt raised. State that the functions
-    given here keep outside of parameters is not in a checkpoint.
+    back what it came to. `settings` are a caller's own for its run.yaml, instead of those of this function. After Ctrl-C or
+    SIGTERM a checkpoint is written and KeyboardInterrupt raised. State that the functions given here keep outside of parameters
+    is not in a checkpoint.
 
     Raises InputError when nothing takes gradients, for float16 weights, groups that leave parameters out, `tau` without a
     `reference`, or a directory that holds another run; NumericsError when loss or gradient is NaN or infinite: the model then has
@@ -165,8 +167,8 @@ def finetune(
         )
         run, checkpoints = None, None
         if out is not None:
-            settings = {"model": model.name, "objective": objective.settings(), "training": asdict(config)}
-            run = _open(Path(out), settings, resume, config.seed, model.revision)
+            own = {"model": model.name, "objective": objective.settings(), "training": asdict(config)}
+            run = _open(Path(out), own, settings, resume, config.seed, model.revision)
             if (Path(out) / "summary.json").exists():
                 return load_run(model, objective, out)
             checkpoints = Checkpoints(Path(out) / "checkpoint")
@@ -199,10 +201,20 @@ def load_run(model: HookedModel, objective: Objective[Any], out: str | Path) -> 
 _FIGURES = ("steps", "n_trained", "seconds", "step_seconds", "peak_memory_mb")
 
 
-def _open(path: Path, settings: dict[str, Any], resume: bool, seed: int, revision: str | None) -> Run | None:
+def _open(
+    path: Path,
+    own: dict[str, Any],
+    settings: Mapping[str, Any] | None,
+    resume: bool,
+    seed: int,
+    revision: str | None,
+) -> Run | None:
     """The run directory, on rank 0."""
     origin = make_provenance(seed=seed, revision=revision)
-    return distributed.first(lambda: Run.open(path, "finetune", settings, resume=resume, provenance=origin))
+    if settings is not None:
+        origin["sources"] = own
+    shown = own if settings is None else settings
+    return distributed.first(lambda: Run.open(path, "finetune", shown, resume=resume, provenance=origin))
 
 
 def _all_parameters(model: HookedModel, objective: Objective[Any]) -> dict[str, nn.Parameter]:

@@ -176,6 +176,7 @@ class Run:
 
         A new or empty directory is set up; with `resume`, a directory of the same kind and configuration is continued. With
         `force`, too, other settings take the place of those that are there, and provenance.json says what was changed.
+        `provenance["sources"]`, what settings alone do not tell (the data's hash), has to be the same as well.
         Raises InputError when the directory holds something else.
         """
         import yaml
@@ -194,6 +195,9 @@ class Run:
                     "Continue it with --resume, or give another --out."
                 )
             changed = _changes(found, wanted)
+            if provenance is not None and "sources" in provenance:
+                there = read_json(path / "provenance.json").get("sources", {})
+                changed += _changes(there, jsonable(provenance["sources"]))
             if changed and not (force and found.get("kind") == kind):
                 named = "; ".join(
                     f"{key} is {there!r} there and {here!r} here" for key, there, here in changed[:5]

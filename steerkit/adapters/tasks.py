@@ -68,6 +68,7 @@ def make_task(
     *,
     ood: str | Path | None = None,
     unrelated: str | Path | None = None,
+    text_column: str | None = None,
     label_column: str = "label",
     groups: str | None = None,
     n_train: int = 2000,
@@ -85,6 +86,7 @@ def make_task(
         data,
         ood=ood,
         unrelated=unrelated,
+        text_column=text_column,
         label_column=label_column,
         groups=groups,
         n_train=n_train,
@@ -217,6 +219,7 @@ def file_task(
     *,
     ood: str | Path | None = None,
     unrelated: str | Path | None = None,
+    text_column: str | None = None,
     label_column: str = "label",
     groups: str | None = None,
     n_train: int = 4000,
@@ -224,11 +227,13 @@ def file_task(
     seed: int = 0,
 ) -> Task:
     """Classes of texts where there are labels, else the next token. `split_rows` says what `groups` is; `ood` is a file of the same
-    kind, nothing of which is trained on."""
-    rows = _read(load_documents(data), label_column, groups)
+    kind and columns, nothing of which is trained on."""
+    rows = _read(load_documents(data, text_column=text_column), label_column, groups)
     labelled = rows[0][1] is not None
     train, validation, test = split_rows(rows, n_train, n_test, seed, phrases=groups == PHRASES)
-    other = [] if ood is None else _read(load_documents(ood), label_column, None)[:n_test]
+    other: list[Row] = []
+    if ood is not None:
+        other = _read(load_documents(ood, text_column=text_column), label_column, None)[:n_test]
     parts = [
         [(text, label) if labelled else text for text, label, _ in part]
         for part in (train, validation, test + other)

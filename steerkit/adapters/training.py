@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ def train(
     out: str | Path | None = None,
     resume: bool = False,
     quiet: bool = True,
+    settings: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Train the adapter, in place. See `steerkit.finetuning.finetune` for what it raises and writes."""
     method = tuned.method
@@ -46,6 +47,7 @@ def train(
         out=out,
         resume=resume,
         quiet=quiet,
+        settings=settings,
         groups=groups if has_groups else None,  # type: ignore[arg-type]
         regulariser=regulariser if penalised else None,
         after_step=lambda model, step, n_steps: method.after_step(model.model, step, n_steps),

@@ -18,6 +18,7 @@ from steerkit.cli.common import (
     Quiet,
     Seed,
     Set,
+    TextColumn,
     emit,
     is_finished,
     items,
@@ -58,7 +59,7 @@ Groups = Annotated[
         help="Column whose rows stay together in splits; `phrases`: rows that contain each other.",
     ),
 ]
-Label = Annotated[str, typer.Option("--label-column", help="Column of the labels.")]
+Label = Annotated[str | None, typer.Option("--label-column", help="Column of the labels. [label]")]
 OOD = Annotated[str | None, typer.Option("--ood", help="A file of the same kind to judge on besides.")]
 Unrelated = Annotated[str | None, typer.Option("--unrelated", help="Text whose loss says what is forgotten.")]
 
@@ -81,7 +82,8 @@ def train_adapter(
     epochs: Annotated[float | None, typer.Option("--epochs", help="Times every example is seen. [1]")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Examples a step. [16]")] = None,
     n_train: Annotated[int | None, typer.Option("--n-train", help="Training examples. [4000]")] = None,
-    label_column: Label = "label",
+    text_column: TextColumn = None,
+    label_column: Label = None,
     groups: Groups = None,
     ood: OOD = None,
     unrelated: Unrelated = None,
@@ -104,8 +106,8 @@ def train_adapter(
 
     flags: dict[str, Any] = {
         "model": model, "data": data, "method": method, "modules": items(modules), "layers": _whole(layers),
-        "label_column": label_column, "groups": groups, "ood": ood, "unrelated": unrelated, "n_train": n_train,
-        "device": device, "dtype": dtype, "training.lr": lr, "training.epochs": epochs,
+        "text_column": text_column, "label_column": label_column, "groups": groups, "ood": ood, "unrelated": unrelated,
+        "n_train": n_train, "device": device, "dtype": dtype, "training.lr": lr, "training.epochs": epochs,
         "training.batch_size": batch_size, "training.seed": seed,
     }  # fmt: skip
     values = merge(config, set_ or [], flags)
@@ -134,7 +136,9 @@ def train_adapter(
     with tuned.disabled():
         before = task.scores(tuned)
     say(f"{chosen.method}: {tuned.n_trainable:,} of {_total(tuned):,} parameters are trained", quiet=quiet)
-    outcome = train(tuned, task.objective, chosen.training, out=out, resume=resume, quiet=quiet)
+    outcome = train(
+        tuned, task.objective, chosen.training, out=out, resume=resume, quiet=quiet, settings=asdict(chosen)
+    )
     after = task.scores(tuned)
     tuned.save(out / "adapter")
     summary = {
@@ -182,7 +186,8 @@ def bench_adapters(
     epochs: Annotated[float | None, typer.Option("--epochs", help="Times every example is seen. [1]")] = None,
     modules: Modules = None,
     layers: Layers = None,
-    label_column: Label = "label",
+    text_column: TextColumn = None,
+    label_column: Label = None,
     groups: Groups = None,
     ood: OOD = None,
     unrelated: Unrelated = None,
@@ -206,8 +211,8 @@ def bench_adapters(
 
     names = items(methods)
     flags: dict[str, Any] = {
-        "model": model, "data": data, "label_column": label_column, "groups": groups, "ood": ood, "unrelated": unrelated,
-        "device": device, "bench.methods": sorted(adapters.METHODS) if names == ["all"] else names,
+        "model": model, "data": data, "text_column": text_column, "label_column": label_column, "groups": groups, "ood": ood,
+        "unrelated": unrelated, "device": device, "bench.methods": sorted(adapters.METHODS) if names == ["all"] else names,
         "bench.budgets": _whole(budgets), "bench.seeds": seeds, "bench.epochs": epochs, "bench.modules": items(modules),
         "bench.layers": _whole(layers), "bench.seed": seed, "bench.dtype": dtype,
     }  # fmt: skip
@@ -308,6 +313,7 @@ def _task(model: Any, settings: TrainSettings | BenchSettings) -> Task:
         settings.data,
         ood=settings.ood,
         unrelated=settings.unrelated,
+        text_column=settings.text_column,
         label_column=settings.label_column,
         groups=settings.groups,
         n_train=settings.n_train,

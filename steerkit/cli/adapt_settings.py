@@ -20,6 +20,7 @@ class TrainSettings:
     """The method's own."""
     modules: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
+    text_column: str | None = None
     label_column: str = "label"
     groups: str | None = None
     ood: str | None = None
@@ -37,6 +38,7 @@ class BenchSettings:
 
     model: str = "storyworld"
     data: str = "storyworld"
+    text_column: str | None = None
     label_column: str = "label"
     groups: str | None = None
     ood: str | None = None

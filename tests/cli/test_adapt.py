@@ -129,6 +129,28 @@ def test_a_column_of_labels_that_is_absent_is_no_other_task(tmp_path):
     assert "no column 'lable'" in told
 
 
+def test_text_and_labels_are_in_the_columns_that_are_named(tmp_path):
+    rows = "".join(f"{i % 2},{i},The hat is {'red' if i % 2 else 'blue'} {i}.\n" for i in range(60))
+    (tmp_path / "three.csv").write_text("mark,text,claim\n" + rows)
+    out = tmp_path / "out"
+    columns = ("--text-column", "claim", "--label-column", "mark")
+    few = ("--set", "n_train=16", "--set", "n_test=10")
+    found, _ = steerkit(
+        "adapt", "train", "--data", tmp_path / "three.csv", *columns, *few, "--out", out, "--json"
+    )
+    assert found["metric"] == "accuracy"
+    again, _ = steerkit("adapt", "train", "--config", out / "run.yaml", "--out", tmp_path / "again", "--json")
+    assert again["scores"] == found["scores"]
+    (tmp_path / "three.csv").write_text("mark,text,claim\n" + rows.replace("hat", "cap"))
+    (out / "summary.json").unlink()
+    told = refused("adapt", "train", "--config", out / "run.yaml", "--out", out, "--resume")
+    assert "objective.fingerprint is" in told
+    told = refused(
+        "adapt", "train", "--data", tmp_path / "three.csv", "--text-column", "claims", "--out", tmp_path / "x"
+    )
+    assert "claims" in told
+
+
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     """Also where it shows only after the last step."""
     arguments = ("adapt", "train", "--lr", "1e30", "--set", "n_test=10", "--quiet")
