@@ -42,7 +42,7 @@ SAD = re.compile(r"\b(sad|cried|cry|crying|tears|scared|hurt|lonely|sorry)\b", r
 def main() -> None:
     options = parsed()
     torch.set_num_threads(options.threads)
-    config = BenchConfig(seeds=options.seeds, extend=1, dtype=options.dtype)
+    config = BenchConfig(seeds=options.seeds, extend=3, dtype=options.dtype)
     wanted = options.only or [part for part in PARTS if available(part, options)]
     results: dict[str, BenchResult] = {}
     for part in wanted:
