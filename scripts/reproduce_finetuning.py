@@ -78,8 +78,6 @@ class Sizes:
     n_rollback: int = 300
     """Test rows of question 3."""
     seeds: int = 5
-    freezing_seeds: int = 3
-    """Seeds of question 2."""
     epochs: float = 1.0
     short: float = 3.0
     """Epochs of question 4."""
@@ -88,7 +86,7 @@ class Sizes:
     batch_size: int = 32
 
     def quick(self) -> Sizes:
-        return replace(self, n_train=400, n_test=200, n_small=200, n_texts=60, seeds=2, freezing_seeds=2)
+        return replace(self, n_train=400, n_test=200, n_small=200, n_texts=60, seeds=2)
 
 
 # -- what is studied -------------------------------------------------------------------------------------------------
@@ -290,7 +288,7 @@ def layers(study: Study) -> dict[str, Any]:
 
 def freezing(study: Study) -> dict[str, Any]:
     """Question 2."""
-    return {"by_count": frozen(sweep(study, study.counts, study.seeds[: study.sizes.freezing_seeds]))}
+    return {"by_count": frozen(sweep(study, study.counts, study.seeds))}
 
 
 def stability(study: Study) -> dict[str, Any]:
@@ -572,7 +570,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--short", type=float, help="epochs of question 4")
     parser.add_argument("--long", type=float, help="epochs of its recipe")
     parser.add_argument("--seeds", type=int)
-    parser.add_argument("--freezing-seeds", type=int)
     parser.add_argument("--dtype", help="bf16: of products, which some CPUs and most GPUs do faster")
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--counts", type=int, nargs="*", help="numbers of trained blocks [all]")
