@@ -18,8 +18,6 @@ TINY = [
     "12",
     "--seeds",
     "2",
-    "--freezing-seeds",
-    "1",
     "--counts",
     "1",
 ]
