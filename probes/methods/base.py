@@ -10,6 +10,7 @@ all.
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
@@ -141,14 +142,14 @@ class Rows:
     def of(
         cls, x: Float[Tensor, "S n d"], train: Bool[Tensor, "n m"], *, standardize: bool, dtype: torch.dtype
     ) -> Rows:
-        x = x.to(dtype)
+        x = x.to(dtype, copy=True)
         mean = x.mean(1)
-        x = x - mean[:, None]
-        std = x.square().mean(1).sqrt()
+        x -= mean[:, None]
+        std = torch.linalg.vector_norm(x, dim=1) / math.sqrt(x.shape[1])
         # What rounding leaves of a constant is no information.
         varies = std > 16 * torch.finfo(torch.float32).eps * (mean.abs() + std)
         std = torch.where(varies, std, 1.0)
-        x = x / std[:, None] * varies[:, None]
+        x *= (varies / std)[:, None]
         share = train.to(dtype) / train.sum(0)
         shift = share.mT @ x
         if standardize:
