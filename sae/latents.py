@@ -58,7 +58,7 @@ N_BINS = 64
 
 _GRID = 256
 """The same bins while counting: 2^-32 to 2^32."""
-_DENSE_ELEMENTS = 2**25
+_DENSE_ELEMENTS = 2**23
 _LOGIT_ELEMENTS = 2**23
 _RESIDUAL_SITES = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 

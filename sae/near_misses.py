@@ -23,7 +23,7 @@ N_MISSES = 5
 N_WITH_TOKEN = 3
 """How many of them may be rows with a strong token of the latent; the rest are the nearest."""
 _STRONG_TOKENS = 4
-_ELEMENTS = 1 << 24
+_ELEMENTS = 1 << 23
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class _DiffPruning(Edit):
 
     def gates(self, drawn: bool = False) -> Float[Tensor, "d_out d_in"]:
         """z: with u drawn, or of u = 1/2."""
-        u = torch.rand_like(self.a).clamp_(1e-6, 1 - 1e-6) if drawn else None
+        u = torch.empty_like(self.a).uniform_(1e-6, 1 - 1e-6) if drawn else None
         return _Gates.apply(self.a, u)
 
     def change(self, drawn: bool = False) -> Float[Tensor, "d_out d_in"]:
