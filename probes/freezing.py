@@ -178,7 +178,7 @@ def freezing_sweep(
 
     def way(s: Float[np.ndarray, "... k"]) -> Any:
         own, least, most = (mean_score(s[..., i * width : (i + 1) * width]) for i in range(3))
-        return (own - least) / (most - least)
+        return (own - least) / (most - least) + 0.0  # no -0.0 where a falling score is the better one
 
     def gain(s: Float[np.ndarray, "... k"]) -> Any:
         return sign * (mean_score(s[..., width:]) - mean_score(s[..., :width]))
