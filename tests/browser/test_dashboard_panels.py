@@ -301,6 +301,7 @@ def test_downloads_and_dead_latents_are_listed(visit, full):
     )
     assert links == [["CSV", "export/latents.csv"], ["Neuronpedia", "export/neuronpedia/"]]
     page.click("#dead summary")
+    page.wait_for_selector("#dead a")
     assert page.locator("#dead a").all_inner_texts() == [str(i) for i in range(DEAD, DEAD + 4)]
 
 

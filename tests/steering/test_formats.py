@@ -384,7 +384,7 @@ def test_one_addition_is_a_bare_tensor_and_several_a_dictionary(tmp_path):
 @pytest.mark.parametrize("layer_type", ["decoder_block", "self_attn", "mlp"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_steering_vectors_does_the_same(family, layer_type, request, tmp_path):
-    from steering_vectors import SteeringVector as Theirs
+    Theirs = pytest.importorskip("steering_vectors").SteeringVector
 
     model = request.getfixturevalue(family)
     theirs = Theirs({0: normal(32), 2: normal(32, seed=1)}, layer_type)
@@ -405,7 +405,7 @@ def test_steering_vectors_does_the_same(family, layer_type, request, tmp_path):
 
 
 def test_what_steering_vectors_cannot_tell(tmp_path):
-    from steering_vectors import SteeringVector as Theirs
+    Theirs = pytest.importorskip("steering_vectors").SteeringVector
 
     with pytest.raises(InputError, match="input_layernorm"):
         from_steering_vectors(Theirs({0: normal(D)}, "input_layernorm"))
